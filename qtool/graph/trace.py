@@ -1,0 +1,273 @@
+"""One torch.fx trace in which every computing operation is a module with a stable name.
+
+A module that is called once keeps its path. One that is called several times becomes path1,
+path2, ... in call order. A tensor operator or function gets the path of the module whose forward
+contains it plus its own name (`layer1.0.add`), numbered when there are several. So everything after
+tracing works on named modules: what is observed, matched, folded, replaced, reported and saved.
+
+Nothing in the graph writes into its input: operations in place are replaced by their pure form.
+"""
+
+import copy
+import inspect
+import linecache
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth
+
+from qtool.errors import ModelError
+from qtool.graph import ops
+
+# torchvision's own modules that symbolic tracing must not enter.
+LEAF_CLASSES = (StochasticDepth, FrozenBatchNorm2d, DeformConv2d)
+# How far the traced network may be from the original on the example, relative to the largest output.
+TRACE_TOLERANCE = 1e-4
+
+
+class LayerTracer(fx.Tracer):
+    """fx's tracer, which also notes for each node the path of the module that it came from."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if hasattr(m, "qtool_op") or isinstance(m, LEAF_CLASSES):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(*args, **kwargs)
+        proxy.node.meta["path"] = self.scope.module_path
+        return proxy
+
+
+def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """Capture a network as a graph of named layers; the given model stays as it was.
+
+    Args:
+        model: any network that torch.fx can trace; it is taken in evaluation mode.
+        example: one input batch, used to learn the shapes and to check that the traced network
+            computes the same as the original.
+
+    Returns:
+        A GraphModule of its own (a copy), whose nodes carry `meta["value"]`, the shape and dtype of
+        their result (a meta tensor), `meta["op"]`, what they compute, and for layers
+            `meta["layer"]`, the name.
+
+    Raises:
+        ModelError: if the network cannot be traced, run on the example, or if the trace computes
+            something else.
+    """
+    root = copy.deepcopy(model).eval().requires_grad_(False)
+    expected = _run(root, example)
+    try:
+        graph = LayerTracer().trace(root)
+    except Exception as error:
+        raise ModelError(_why_untraceable(error)) from error
+    _make_pure(graph, dict(root.named_modules()))
+    traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    traced.graph.eliminate_dead_code(_has_effect)
+    _record_values(traced, example)
+    _note_ops(traced)
+    _name_layers(traced)
+    _check_same(expected, _run(traced, example))
+    return traced
+
+
+def layers(traced: fx.GraphModule) -> Iterator[tuple[str, fx.Node, nn.Module]]:
+    """The computing operations in the order of execution: name, node, module."""
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
+        if "layer" in node.meta:
+            yield node.meta["layer"], node, modules[node.meta["layer"]]
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The float tensors that a node reads, in the order in which they stand in the call."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n))
+    return [n for n in found if ops.is_float_tensor(n.meta.get("value"))]
+
+
+def copy_graph(traced: fx.GraphModule) -> fx.GraphModule:
+    """A graph that can be changed without changing the given one; the leaf modules are shared."""
+    copied = fx.GraphModule(traced, copy.deepcopy(traced.graph), class_name=type(traced).__name__)
+    return copied.eval()
+
+
+def _run(model: nn.Module, example: Tensor) -> Any:
+    try:
+        with torch.no_grad():
+            return model(example)
+    except Exception as error:
+        raise ModelError(
+            f"the network cannot take an input of shape {tuple(example.shape)}: "
+            f"{_one_line(error)}; check --input-shape and the data"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _why_untraceable(error: Exception) -> str:
+    """Name the line of the user's code at which tracing gave up."""
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    own = [f for f in frames if "/torch/" not in f.filename and "/qtool/" not in f.filename]
+    where = ""
+    if own:
+        line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
+        where = f" at {own[-1].filename}:{own[-1].lineno} ({line})"
+    return (
+        f"the network cannot be traced{where}: {_one_line(error)}; "
+        "rewrite that line without Python control flow on tensors"
+    )
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.op == "call_function" and ops.function_name(node.target) == "setitem":
+        return True
+    if node.op == "call_method" and str(node.target).endswith("_"):
+        return True
+    return bool(node.is_impure())
+
+
+def _make_pure(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Replace operations in place: later readers of the overwritten tensor read the result."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _take_out_of_place(node, modules) or not isinstance(node.args[0], fx.Node):
+            continue
+        overwritten = node.args[0]
+        for user in list(overwritten.users):
+            if order[user] > order[node]:
+                user.replace_input_with(overwritten, node)
+
+
+def _take_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Turn one node to its pure form; whether it had been in place."""
+    if node.op == "call_module":
+        # The flag itself is switched off when the layers get modules of their own.
+        return getattr(modules[str(node.target)], "inplace", False) is True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    pure = ops.out_of_place(node.target)
+    if pure is not None and (node.op == "call_method" or callable(pure)):
+        node.target = pure
+        return True
+    return node.op == "call_function" and _clear_inplace_argument(node)
+
+
+def _clear_inplace_argument(node: fx.Node) -> bool:
+    """Set an argument `inplace` of a function to False; whether it had been True."""
+    if node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    if position < len(node.args) and node.args[position] is True:
+        node.update_arg(position, False)
+        return True
+    return False
+
+
+class _ValueRecorder(fx.Interpreter):
+    """Runs the graph once and notes what every node gives, without keeping the numbers."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["value"] = fx.node.map_aggregate(
+            result, lambda v: v.to("meta") if isinstance(v, Tensor) else v
+        )
+        return result
+
+
+def _record_values(traced: fx.GraphModule, example: Tensor) -> None:
+    with torch.no_grad():
+        _ValueRecorder(traced).run(example)
+
+
+def _note_ops(traced: fx.GraphModule) -> None:
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
+        node.meta["op"] = ops.node_op(node, modules)
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node computes floats from tensors, rather than moving or reading them."""
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    op = node.meta["op"]
+    if op in ops.KEEPS_GRID or op in ops.MOVES:
+        return False
+    value = node.meta["value"]
+    results = value if isinstance(value, (tuple, list)) else (value,)
+    reads_tensor = any(isinstance(n.meta.get("value"), Tensor) for n in node.all_input_nodes)
+    return reads_tensor and any(ops.is_float_tensor(v) for v in results)
+
+
+def _name_layers(traced: fx.GraphModule) -> None:
+    """Give each layer its name, and turn it into a module of that name."""
+    modules = dict(traced.named_modules())
+    nodes = [node for node in traced.graph.nodes if _is_layer(node)]
+    bases = {node: _base_name(node) for node in nodes}
+    calls = Counter(bases.values())
+    taken = {base for base, count in calls.items() if count == 1} | set(modules) - set(bases.values())
+    seen: Counter[str] = Counter()
+    for node in nodes:
+        base = bases[node]
+        name = base
+        if calls[base] > 1:
+            seen[base] += 1
+            name = f"{base}{seen[base]}"
+            while name in taken:  # a module of the network itself has that name
+                name += "_"
+            taken.add(name)
+        traced.add_submodule(name, _as_module(node, modules))
+        node.op, node.target = "call_module", name
+        node.meta["layer"] = name
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+
+
+def _base_name(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    path = node.meta.get("path", "")
+    name = node.meta["op"]
+    return f"{path}.{name}" if path else name
+
+
+def _as_module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module:
+    """A module for this one call; parameters are shared with other calls of the same module."""
+    if node.op != "call_module":
+        return ops.Op(ops.as_function(node), node.meta["op"])
+    module = copy.copy(modules[str(node.target)])
+    # copy.copy shares the dict of hooks too, so a hook on one call would fire for all of them.
+    for key in ("_forward_hooks", "_forward_pre_hooks"):
+        object.__setattr__(module, key, copy.copy(getattr(module, key)))
+    if getattr(module, "inplace", False) is True:
+        module.inplace = False
+    return module
+
+
+def _check_same(expected: Any, found: Any) -> None:
+    """Tracing freezes what Python decided on the example; the outputs must agree."""
+    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    for a, b in pairs:
+        tolerance = TRACE_TOLERANCE * float(a.abs().max()) if a.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
+            raise ModelError(
+                "the traced network computes something else than the original on the same input; "
+                "it depends on state or randomness that a trace cannot hold"
+            )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda v: found.append(v) if isinstance(v, Tensor) else None)
+    return found

@@ -1,0 +1,153 @@
+"""The grids of quantization: asked for (QuantSpec, LayerSpec) and found (QParams).
+
+This module imports torch for type checking only, so that the command line can read its
+options without loading torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODES = ("sym", "sym_restr", "asym_s", "asym_u")
+CLIP_MODES = ("none", "avg", "n_std", "gauss", "laplace")
+MIN_BITS, MAX_BITS = 2, 16
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid asked for; no tensors.
+
+    Args:
+        num_bits: width of an integer, 2 to 16.
+        symmetric: whether zero_point is fixed at 0 and the range is [-v, v].
+        signed: whether the integers start at -2^(num_bits-1) rather than at 0.
+        narrow_range: whether the lowest integer of a symmetric grid is left out.
+        axis: the axis kept, one scale for each of its indices; None is per tensor.
+
+    Raises:
+        ValueError: if num_bits is out of range, or narrow_range is asked of an asymmetric grid.
+
+    Example:
+        >>> spec = QuantSpec(num_bits=4)
+        >>> spec.quant_min, spec.quant_max
+        (-8, 7)
+    """
+
+    num_bits: int = 8
+    symmetric: bool = True
+    signed: bool = True
+    narrow_range: bool = False
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.num_bits <= MAX_BITS:
+            raise ValueError(f"num_bits must be {MIN_BITS} to {MAX_BITS}, found {self.num_bits}")
+        if self.narrow_range and not (self.symmetric and self.signed):
+            raise ValueError("narrow_range needs a symmetric, signed grid")
+
+    @classmethod
+    def from_mode(cls, mode: str, num_bits: int = 8, axis: int | None = None) -> QuantSpec:
+        """The grid that one of Distiller's four mode names stands for.
+
+        Example:
+            >>> QuantSpec.from_mode("asym_u").quant_max
+            255
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, found {mode!r}")
+        return cls(
+            num_bits=num_bits,
+            symmetric=mode.startswith("sym"),
+            signed=mode != "asym_u",
+            narrow_range=mode == "sym_restr",
+            axis=axis,
+        )
+
+    @property
+    def mode(self) -> str:
+        """Distiller's name of this grid."""
+        if self.symmetric:
+            return "sym_restr" if self.narrow_range else "sym"
+        return "asym_s" if self.signed else "asym_u"
+
+    @property
+    def quant_min(self) -> int:
+        """The smallest integer."""
+        if not self.signed:
+            return 0
+        return -(2 ** (self.num_bits - 1)) + int(self.narrow_range)
+
+    @property
+    def quant_max(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.num_bits - int(self.signed)) - 1
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The grid found: x_hat = (x_q - zero_point) * scale.
+
+    Args:
+        scale: units of x per integer step, positive, shape () or (C,), float32.
+        zero_point: the integer that stands for 0.0, same shape as scale, float32 holding integers.
+        spec: the grid they belong to; its axis is set exactly when scale has shape (C,).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: QuantSpec
+
+    def same_grid(self, other: QParams) -> bool:
+        """Whether both stand for exactly the same set of representable values."""
+        return self is other or (
+            self.spec == other.spec
+            and bool((self.scale == other.scale).all())
+            and bool((self.zero_point == other.zero_point).all())
+        )
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """How a range is chosen from statistics (spec: clipping.py).
+
+    Args:
+        mode: one of CLIP_MODES.
+        n_stds: how many standard deviations mode n_std keeps on each side of the mean.
+        half_range: whether the values follow a ReLU, for the tables of gauss and laplace.
+    """
+
+    mode: str = "none"
+    n_stds: float | None = None
+    half_range: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is asked of one layer; None means "stays in float".
+
+    Args:
+        weight: grid of the weights, for the layers that have any.
+        output: grid of the outputs.
+        input: grid of inputs that arrive in float; None takes the output's grid.
+        clip: how the range of outputs and of fresh inputs is chosen.
+        accum_bits: width of the accumulator, and of the bias.
+        accum_float64: whether sums are accumulated in float64 rather than float32.
+        scale_approx_bits: bits of the integer multiplier that replaces a float scale, or None.
+    """
+
+    weight: QuantSpec | None = None
+    output: QuantSpec | None = None
+    input: QuantSpec | None = None
+    clip: ClipSpec = field(default_factory=ClipSpec)
+    accum_bits: int = 32
+    accum_float64: bool = False
+    scale_approx_bits: int | None = None
+
+    @property
+    def input_grid(self) -> QuantSpec | None:
+        """The grid of an input that arrives in float."""
+        return self.input or self.output

@@ -1,0 +1,263 @@
+"""Modules that compute on quantized values.
+
+They pass centered integers `x_q - zero_point`, held in float32, to each other (see
+numerics/affine.py). Quantize and Dequantize stand where a float part of the network begins or ends.
+
+An accumulator in float32 is exact while its partial sums stay below 2^24; a convolution kernel that
+transforms its input (Winograd) is off by small fractions even then, so the accumulator is rounded
+back to integers before anything is done with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtool.numerics.affine import approximate_multiplier, along_axis, dequantize_centered, quantize_centered
+from qtool.numerics.spec import QParams
+
+ACTIVATION_LIMITS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+# Accumulators of everything but convolutions and linear layers.
+OP_ACCUM_BITS = 32
+
+
+class Grid(nn.Module):
+    """A QParams as buffers, so that it moves between devices with its module."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qparams: QParams) -> None:
+        super().__init__()
+        self.spec = qparams.spec
+        self.register_buffer("scale", qparams.scale.clone(), persistent=False)
+        self.register_buffer("zero_point", qparams.zero_point.clone(), persistent=False)
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid as a value."""
+        return QParams(self.scale, self.zero_point, self.spec)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.num_bits}-bit {self.spec.mode}"
+
+
+class Quantize(Grid):
+    """Float values to centered integers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantize_centered(x, self.qparams)
+
+
+class Dequantize(Grid):
+    """Centered integers to float values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dequantize_centered(x, self.qparams)
+
+
+class Requantize(nn.Module):
+    """The end of every quantized layer: an accumulator to the output's centered integers.
+
+    Args:
+        output: the grid of the output.
+        accum_scale: units of x per accumulator step: (), or (C,) with axis as output channels.
+        activation: None, "relu" or "relu6", computed by the clamp.
+        scale_approx_bits: see numerics.affine.approximate_multiplier; applied to the ratio.
+        num_dims: of the accumulator.
+        channel_axis: the accumulator's channel axis.
+    """
+
+    ratio: Tensor
+
+    def __init__(
+        self,
+        output: QParams,
+        accum_scale: Tensor,
+        activation: str | None = None,
+        scale_approx_bits: int | None = None,
+        num_dims: int = 4,
+        channel_axis: int = 1,
+    ) -> None:
+        super().__init__()
+        ratio = accum_scale.double() / output.scale.double()
+        if scale_approx_bits is not None:
+            ratio = approximate_multiplier(ratio, scale_approx_bits)
+        self.register_buffer("ratio", along_axis(ratio.float(), channel_axis, num_dims), persistent=False)
+        self.low, self.high = output_limits(output, activation)
+        self.grid = Grid(output)
+
+    def forward(self, accumulator: Tensor) -> Tensor:
+        """Overwrites the accumulator, which is this layer's own."""
+        return accumulator.mul_(self.ratio).round_().clamp_(self.low, self.high)
+
+
+def output_limits(output: QParams, activation: str | None) -> tuple[float, float]:
+    """The smallest and largest centered integer that a layer gives, its activation included."""
+    zero_point, scale = float(output.zero_point), float(output.scale)
+    low, high = ACTIVATION_LIMITS[activation]
+    smallest = output.spec.quant_min - zero_point
+    largest = output.spec.quant_max - zero_point
+    if high != math.inf:
+        largest = min(largest, round(high / scale))
+    return float(max(smallest, low)), float(largest)
+
+
+def clamp_accumulator(accumulator: Tensor, num_bits: int) -> Tensor:
+    """Saturate in place at a signed accumulator of num_bits."""
+    return accumulator.clamp_(-(2.0 ** (num_bits - 1)), 2.0 ** (num_bits - 1) - 1)
+
+
+class QuantWeighted(nn.Module):
+    """A convolution, transposed convolution or linear layer on integers.
+
+    Args:
+        layer: the float module, for its geometry; its own weights are not kept.
+        weight: centered integers, in the layer's layout.
+        bias: (C,) integers at the accumulator's scale, or None.
+        requantize: the output stage.
+        accum_bits: width of the accumulator.
+        accum_dtype: float32, exact up to 2^24, or float64, exact up to 2^53.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None,
+        requantize: Requantize,
+        accum_bits: int,
+        accum_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.compute = weighted_function(layer)
+        self.accum_bits = accum_bits
+        self.register_buffer("weight", weight.to(accum_dtype), persistent=False)
+        if bias is not None:
+            trailing = 0 if isinstance(layer, nn.Linear) else weight.dim() - 2
+            bias = bias.to(accum_dtype).reshape(-1, *[1] * trailing)
+        self.register_buffer("bias", bias, persistent=False)
+        self.requantize = requantize
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """The integer accumulator, bias included, saturated."""
+        accumulator = self.compute(x.to(self.weight.dtype), self.weight).round_()
+        if self.bias is not None:
+            accumulator.add_(self.bias)
+        return clamp_accumulator(accumulator, self.accum_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.requantize(self.accumulate(x))
+        return result.float()
+
+
+def weighted_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The bias-free computation of a convolution or linear layer, as a function of input and weight."""
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # The layer's own method knows every padding mode.
+        geometry = _without_parameters(layer)
+        return lambda x, weight: geometry._conv_forward(x, weight, None)
+    transposed = {
+        nn.ConvTranspose1d: F.conv_transpose1d,
+        nn.ConvTranspose2d: F.conv_transpose2d,
+        nn.ConvTranspose3d: F.conv_transpose3d,
+    }
+    function: Any = next(f for base, f in transposed.items() if isinstance(layer, base))
+    keys = ("stride", "padding", "output_padding", "groups", "dilation")
+    settings = {key: getattr(layer, key) for key in keys}
+    return lambda x, weight: function(x, weight, None, **settings)  # type: ignore[no-any-return]
+
+
+def _without_parameters(layer: Any) -> Any:
+    """A copy of a convolution that keeps its geometry and not its weights."""
+    bare = copy.copy(layer)
+    bare._parameters = {"weight": None, "bias": None}
+    return bare
+
+
+class QuantEmbedding(nn.Module):
+    """Rows of an integer table; the output stays on the weight's grid."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+class _Rescaling(nn.Module):
+    """Brings each input to the output's scale, rounded, before they are combined."""
+
+    def __init__(self, inputs: Sequence[QParams], output: QParams, activation: str | None) -> None:
+        super().__init__()
+        self.ratios = [float(q.scale.double() / output.scale.double()) for q in inputs]
+        self.low, self.high = output_limits(output, activation)
+        self.grid = Grid(output)
+
+    def rescale(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Integers at the output's scale; the inputs are not changed."""
+        pairs = zip(inputs, self.ratios, strict=True)
+        return [clamp_accumulator((x * ratio).round_(), OP_ACCUM_BITS) for x, ratio in pairs]
+
+
+class QuantAdd(_Rescaling):
+    """The sum of two or more quantized tensors."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        total, *others = self.rescale(inputs)
+        for other in others:
+            total = total + other
+        return total.clamp_(self.low, self.high)
+
+
+class QuantCat(_Rescaling):
+    """The concatenation of quantized tensors."""
+
+    def forward(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        return torch.cat(self.rescale(tensors), dim).clamp_(self.low, self.high)
+
+
+class QuantProduct(nn.Module):
+    """A product of quantized tensors, element by element or of matrices."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], requantize: Requantize) -> None:
+        super().__init__()
+        self.function = function
+        self.requantize = requantize
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        total, *others = inputs
+        for other in others:
+            total = self.function(total, other)
+        accumulator = clamp_accumulator(total.round(), OP_ACCUM_BITS)
+        result: Tensor = self.requantize(accumulator)
+        return result
+
+
+class FakeQuantize(nn.Module):
+    """A float operation whose output is put on a grid; it gives centered integers."""
+
+    def __init__(self, operation: nn.Module, output: QParams, activation: str | None = None) -> None:
+        super().__init__()
+        self.operation = operation
+        self.low, self.high = output_limits(output, activation)
+        self.grid = Grid(output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = self.operation(*args, **kwargs)
+        # Division makes a new tensor: the operation may have given back a view of its input.
+        return (x / self.grid.scale).round_().clamp_(self.low, self.high)

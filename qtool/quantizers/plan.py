@@ -1,0 +1,344 @@
+"""Decide, layer by layer, how a network is quantized: specs and statistics -> LayerPlans.
+
+A plan is plain data: which kind of quantized module, on which grids, with which integers. It is
+what a checkpoint stores, and all that is needed to build the quantized network again. Nothing is
+computed on activations here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from qtool.errors import ConfigError, StatsError
+from qtool.graph import ops
+from qtool.graph.fold import output_channels_first, restore_layout
+from qtool.graph.neighbours import edit_stats, fused_activations
+from qtool.graph.trace import layers, tensor_inputs
+from qtool.numerics.affine import approximate_multiplier, dequantize, qparams_from_range, quantize
+from qtool.numerics.clipping import choose_range, range_of_tensor
+from qtool.numerics.spec import ClipSpec, LayerSpec, QParams, QuantSpec
+from qtool.observers.stats import ActivationStats, ModelStats
+
+# What can be done with a layer.
+INTEGER = "integer"  # computes on integers
+FAKE = "fake"  # computes in float, its output is put on a grid
+WEIGHTS_ONLY = "weights only"  # weights went through a grid, computes in float
+EMBEDDING = "embedding"  # rows of an integer table
+IDENTITY = "identity"  # a ReLU that the layer in front of it computes
+FLOAT = "float"  # stays as it was
+
+WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
+# Operations that compute on the integers of all their inputs.
+INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul"})
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Args:
+        kind: one of the constants above.
+        op: what it computes.
+        inputs: for each tensor input, the grid that it is put on when it arrives in float; None
+            when it keeps the grid it has, or stays in float.
+        output: grid of the output, None for float.
+        activation: "relu" or "relu6" computed by this layer's clamp.
+        weight: grid of the weight; a per-channel one counts output channels (axis 0).
+        weight_q: integers of the weight, output channels first, in the smallest dtype.
+        bias_q: (C,) int64, at the accumulator's scale.
+        bias: (C,) float bias of a weights-only layer, after its own quantization.
+        accum_scale: units of the output per accumulator step, () or (C,).
+        accum_bits: width of the accumulator.
+        accum_float64: whether the simulation accumulates in float64.
+        scale_approx_bits: of the requantization ratio.
+        note: why the layer is not quantized as asked, in words, or "".
+    """
+
+    kind: str
+    op: str
+    inputs: tuple[QParams | None, ...] = ()
+    output: QParams | None = None
+    activation: str | None = None
+    weight: QParams | None = None
+    weight_q: Tensor | None = None
+    bias_q: Tensor | None = None
+    bias: Tensor | None = None
+    accum_scale: Tensor | None = None
+    accum_bits: int = 32
+    accum_float64: bool = False
+    scale_approx_bits: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What becomes of every layer, by name, and the statistics it was decided from."""
+
+    layers: Mapping[str, LayerPlan]
+    edited_stats: ModelStats | None = None
+
+
+def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> ModelPlan:
+    """Decide what becomes of every layer of a network whose batch norms are folded.
+
+    Args:
+        traced: from trace and fold_batch_norms.
+        stats: of the same network, moved along with the folding.
+        specs: what is asked, by layer name; a layer without one stays in float.
+
+    Raises:
+        StatsError: if a record or field that is needed is missing.
+        ConfigError: if a setting cannot be honoured for a layer.
+    """
+    return _Planner(traced, stats, specs).run()
+
+
+def quantizes_output(node: fx.Node, spec: LayerSpec | None) -> bool:
+    """Whether a layer's output is put on a grid of its own."""
+    single = ops.is_float_tensor(node.meta["value"])
+    return single and spec is not None and spec.output is not None and node.meta["op"] != "embedding"
+
+
+class _Planner:
+    """Walks the layers in the order of execution; grids holds the grid of every value so far."""
+
+    def __init__(
+        self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
+    ) -> None:
+        self.traced = traced
+        self.specs = specs
+        quantized = {n for n, node, _ in layers(traced) if quantizes_output(node, specs.get(n))}
+        self.fused = fused_activations(traced, quantized)
+        self.identities = {activation for activation, _ in self.fused.values()}
+        # A layer that becomes part of the one in front of it gives that one's values.
+        self.stats = edit_stats(traced, stats, quantized)
+        self.grids: dict[fx.Node, QParams | None] = {}
+        self.plans: dict[str, LayerPlan] = {}
+
+    def run(self) -> ModelPlan:
+        modules = {name: module for name, _, module in layers(self.traced)}
+        for node in self.traced.graph.nodes:
+            name = node.meta.get("layer")
+            if name is None:
+                self.grids[node] = self._kept_grid(node)
+                continue
+            plan = self._plan(name, node, modules[name])
+            self.plans[name] = plan
+            self.grids[node] = self._kept_grid(node) if plan.kind == IDENTITY else _grid_of_result(plan)
+        return ModelPlan(self.plans, self.stats)
+
+    def _kept_grid(self, node: fx.Node) -> QParams | None:
+        """The grid of a value that was not computed: only the likes of dropout hand it on."""
+        if node.meta["op"] in ops.KEEPS_GRID or node.meta.get("layer") in self.identities:
+            return self.grids[tensor_inputs(node)[0]]
+        return None
+
+    def _plan(self, name: str, node: fx.Node, module: nn.Module) -> LayerPlan:
+        op: str = node.meta["op"]
+        spec = self.specs.get(name)
+        if name in self.identities:
+            return LayerPlan(IDENTITY, op)
+        if spec is None or (spec.output is None and spec.weight is None):
+            return LayerPlan(FLOAT, op)
+        if op == "embedding":
+            return self._plan_embedding(name, node, module, spec)
+        if not ops.is_float_tensor(node.meta["value"]):
+            return LayerPlan(FLOAT, op, note="gives several tensors")
+        if op in WEIGHTED and spec.weight is not None:
+            planner = self._plan_weights_only if spec.output is None else self._plan_weighted
+            return planner(name, node, module, spec)
+        if spec.output is None:
+            return LayerPlan(FLOAT, op)
+        if op in INTEGER_OPS and computes_only_tensors(node):
+            return self._plan_integer_op(name, node, spec)
+        return self._plan_fake(name, node, spec, op)
+
+    def _plan_weighted(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
+        assert spec.weight is not None
+        fresh = self._fresh_inputs(name, node, spec)
+        grid = fresh[0] or self.grids[tensor_inputs(node)[0]]
+        assert grid is not None
+        weight, weight_q = quantize_weight(name, module, spec.weight)
+        steps_per_unit = 1 / (grid.scale.double() * weight.scale.double())
+        if spec.scale_approx_bits is not None:
+            steps_per_unit = approximate_multiplier(steps_per_unit, spec.scale_approx_bits)
+        bias = getattr(module, "bias", None)
+        return LayerPlan(
+            INTEGER,
+            node.meta["op"],
+            inputs=fresh,
+            output=self._output_grid(name, node, spec),
+            activation=self._activation(name),
+            weight=weight,
+            weight_q=weight_q,
+            bias_q=None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits),
+            accum_scale=1 / steps_per_unit,
+            accum_bits=spec.accum_bits,
+            accum_float64=spec.accum_float64 or _beyond_float32(grid.spec, weight.spec),
+            scale_approx_bits=spec.scale_approx_bits,
+        )
+
+    def _plan_weights_only(
+        self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec
+    ) -> LayerPlan:
+        assert spec.weight is not None
+        weight, weight_q = quantize_weight(name, module, spec.weight)
+        bias = getattr(module, "bias", None)
+        return LayerPlan(
+            WEIGHTS_ONLY,
+            node.meta["op"],
+            inputs=(None,) * len(tensor_inputs(node)),
+            weight=weight,
+            weight_q=weight_q,
+            bias=None if bias is None else fake_quantize_bias(bias, spec.accum_bits),
+        )
+
+    def _plan_embedding(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
+        if spec.weight is None:
+            return LayerPlan(FLOAT, node.meta["op"])
+        per_tensor = replace(spec, weight=replace(spec.weight, axis=None))
+        assert per_tensor.weight is not None
+        weight, weight_q = quantize_weight(name, module, per_tensor.weight)
+        return LayerPlan(EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q)
+
+    def _plan_integer_op(self, name: str, node: fx.Node, spec: LayerSpec) -> LayerPlan:
+        fresh = self._fresh_inputs(name, node, spec)
+        grids = [f or self.grids[s] for f, s in zip(fresh, tensor_inputs(node), strict=True)]
+        accum_scale = torch.tensor(1.0, dtype=torch.float64)
+        for grid in grids:
+            assert grid is not None
+            accum_scale = accum_scale * grid.scale.double()
+        return LayerPlan(
+            INTEGER,
+            node.meta["op"],
+            inputs=fresh,
+            output=self._output_grid(name, node, spec),
+            activation=self._activation(name),
+            accum_scale=accum_scale,
+            scale_approx_bits=spec.scale_approx_bits,
+        )
+
+    def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:
+        # A convolution whose weights stay in float takes its inputs as they come.
+        takes_as_is = op in WEIGHTED
+        inputs = (None,) * len(tensor_inputs(node)) if takes_as_is else self._fresh_inputs(name, node, spec)
+        return LayerPlan(
+            FAKE,
+            op,
+            inputs=inputs,
+            output=self._output_grid(name, node, spec),
+            activation=self._activation(name),
+        )
+
+    def _activation(self, name: str) -> str | None:
+        return self.fused[name][1] if name in self.fused else None
+
+    def _fresh_inputs(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[QParams | None, ...]:
+        """Grids for the inputs that arrive in float, from this layer's own records of them."""
+        assert spec.input_grid is not None
+        # What the output's clamp cuts off says nothing about the input: full range here.
+        clip = replace(spec.clip, half_range=False)
+        return tuple(
+            self._grid(f"input {i} of layer {name!r}", self.stats.input(name, i), spec.input_grid, clip, spec)
+            if self.grids[source] is None
+            else None
+            for i, source in enumerate(tensor_inputs(node))
+        )
+
+    def _output_grid(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
+        assert spec.output is not None
+        record, clip = self.stats.output(name), spec.clip
+        if name in self.fused:
+            clip = replace(clip, half_range=True)
+        elif node.meta["op"] in ("relu", "relu6"):
+            clip = replace(clip, half_range=True)
+            if clip.mode in ("gauss", "laplace"):
+                # The distribution that ACIQ's half range describes is the one in front of the ReLU.
+                before = self.stats.input(name, 0)
+                record = replace(record, mean=before.mean, std=before.std, b=before.b)
+        return self._grid(f"the output of layer {name!r}", record, spec.output, clip, spec)
+
+    def _grid(
+        self, what: str, record: ActivationStats, grid: QuantSpec, clip: ClipSpec, spec: LayerSpec
+    ) -> QParams:
+        try:
+            x_min, x_max = choose_range(record, grid, clip)
+        except ValueError as error:
+            if "needs" in str(error):
+                raise StatsError(f"{self.stats.source}: {what}: {error}") from error
+            raise ConfigError(f"{what}: {error}") from error
+        return qparams_from_range(x_min, x_max, grid, spec.scale_approx_bits)
+
+
+def _grid_of_result(plan: LayerPlan) -> QParams | None:
+    return plan.output if plan.kind in (INTEGER, FAKE, EMBEDDING) else None
+
+
+def _beyond_float32(x: QuantSpec, weight: QuantSpec) -> bool:
+    """Whether products alone fill float32's 24 bits, so that sums would be rounded for sure."""
+    return x.num_bits + weight.num_bits > 16
+
+
+def computes_only_tensors(node: fx.Node) -> bool:
+    """Whether an add, mul, cat or matmul combines two or more float tensors and nothing else."""
+    tensors = tensor_inputs(node)
+    combined = node.args
+    if node.meta["op"] == "cat":
+        sequence = node.args[0] if node.args else node.kwargs.get("tensors")
+        combined = tuple(sequence) if isinstance(sequence, (list, tuple)) else ()
+        if not set(node.kwargs) <= {"tensors", "dim"}:
+            return False
+    elif node.kwargs:
+        return False
+    return len(tensors) >= 2 and list(combined) == tensors
+
+
+def quantize_weight(name: str, module: nn.Module, spec: QuantSpec) -> tuple[QParams, Tensor]:
+    """The grid and the integers of a layer's weight, output channels first.
+
+    Raises:
+        ConfigError: if the weight holds NaN or infinity.
+    """
+    weight = output_channels_first(module)
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
+    x_min, x_max = range_of_tensor(weight, spec)
+    qparams = qparams_from_range(x_min, x_max, spec)
+    return qparams, quantize(weight, qparams).to(integer_dtype(spec))
+
+
+def integer_dtype(spec: QuantSpec) -> torch.dtype:
+    """The smallest of torch's dtypes that holds a grid."""
+    if spec.num_bits <= 8:
+        return torch.int8 if spec.signed else torch.uint8
+    return torch.int16 if spec.signed else torch.int32
+
+
+def quantize_bias(bias: Tensor, steps_per_unit: Tensor, accum_bits: int) -> Tensor:
+    """Integers of a bias at the accumulator's scale, (C,), int64."""
+    limit = 2 ** (accum_bits - 1)
+    return torch.round(bias.double() * steps_per_unit).clamp(-limit, limit - 1).to(torch.int64)
+
+
+def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:
+    """A bias that went through a symmetric grid of its own, accum_bits wide."""
+    v = bias.double().abs().max()
+    steps_per_unit = (2**accum_bits - 1) / 2 / (v if float(v) else 1.0)
+    return (quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit).to(bias.dtype)
+
+
+def weight_values(plan: LayerPlan) -> Tensor:
+    """The float weight that a plan's integers stand for, output channels first."""
+    assert plan.weight is not None and plan.weight_q is not None
+    return dequantize(plan.weight_q.float(), plan.weight)
+
+
+def weight_centered(plan: LayerPlan, layer: nn.Module) -> Tensor:
+    """The centered integers of a plan's weight in the layer's own layout, float32."""
+    assert plan.weight is not None and plan.weight_q is not None
+    ones = replace(plan.weight, scale=torch.ones_like(plan.weight.scale))
+    return restore_layout(dequantize(plan.weight_q.float(), ones), layer)

@@ -1,0 +1,260 @@
+"""Put quantized modules into a network, given its plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qtool.graph import ops
+from qtool.graph.fold import Folded, fold_batch_norms, move_stats, restore_layout
+from qtool.graph.trace import copy_graph, layers, tensor_inputs
+from qtool.numerics.spec import LayerSpec, QParams
+from qtool.observers.stats import ModelStats
+from qtool.quantizers import plan as plans
+from qtool.quantizers.modules import (
+    Dequantize,
+    FakeQuantize,
+    QuantAdd,
+    QuantCat,
+    QuantEmbedding,
+    QuantProduct,
+    Quantize,
+    QuantWeighted,
+    Requantize,
+)
+from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_model
+
+
+class QuantizedModel(nn.Module):
+    """A quantized network: it takes and gives float tensors, as the original does.
+
+    Attributes:
+        network: the graph; every layer keeps its name.
+        plan: what became of each layer.
+    """
+
+    def __init__(self, network: fx.GraphModule, plan: ModelPlan) -> None:
+        super().__init__()
+        self.network = network
+        self.plan = plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Refuse training: integers have no gradients."""
+        if mode:
+            raise RuntimeError("a quantized network is for evaluation only")
+        return super().train(False)
+
+    def integers(self, x: Tensor) -> dict[str, Tensor]:
+        """The integers x_q that every quantized layer gives for an input batch, by layer name."""
+        found: dict[str, Tensor] = {}
+        handles = []
+        for name, layer in self.plan.layers.items():
+            if layer.output is None:
+                continue
+            zero_point = layer.output.zero_point
+
+            def note(_m: nn.Module, _a: Any, y: Tensor, name: str = name, z: Tensor = zero_point) -> None:
+                found[name] = (y + z.to(y.device)).to(torch.int64)
+
+            handles.append(self.network.get_submodule(name).register_forward_hook(note))
+        try:
+            with torch.no_grad():
+                self.network(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def quantize_graph(
+    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
+) -> QuantizedModel:
+    """Quantize a traced network; the given one stays as it was.
+
+    Args:
+        traced: from graph.trace.trace.
+        stats: of the same network, before or after its batch norms were folded.
+        specs: what is asked, by layer name.
+    """
+    folded = fold_batch_norms(traced)
+    plan = plan_model(folded.traced, move_stats(stats, folded.pairs), specs)
+    return build(folded, plan)
+
+
+def build(folded: Folded, plan: ModelPlan) -> QuantizedModel:
+    """The quantized network that a plan describes.
+
+    Args:
+        folded: the network with batch norms folded; of quantized layers only the geometry is used.
+        plan: of the same network.
+    """
+    network = copy_graph(folded.traced)
+    _Builder(network, plan.layers).run()
+    network.delete_all_unused_submodules()
+    network.recompile()
+    return QuantizedModel(network.eval().requires_grad_(False), plan).eval()
+
+
+class _Builder:
+    """Rewrites a graph in place; grids holds the grid of every value so far, None for float."""
+
+    def __init__(self, network: fx.GraphModule, layer_plans: Mapping[str, LayerPlan]) -> None:
+        self.network = network
+        self.plans = layer_plans
+        self.grids: dict[fx.Node, QParams | None] = {}
+        self.converted: dict[tuple[fx.Node, QParams | None], fx.Node] = {}
+
+    def run(self) -> None:
+        modules = {name: module for name, _, module in layers(self.network)}
+        for node in list(self.network.graph.nodes):
+            name = node.meta.get("layer")
+            if name is None:
+                self._pass_through(node)
+            elif self.plans[name].kind == plans.IDENTITY:
+                self._remove(node)
+            else:
+                self._replace(name, node, modules[name], self.plans[name])
+
+    def _pass_through(self, node: fx.Node) -> None:
+        """Nodes that are no layers: the grid goes through the likes of dropout, and ends elsewhere."""
+        sources = tensor_inputs(node) if node.op != "output" else list(node.all_input_nodes)
+        if node.meta["op"] in ops.KEEPS_GRID and sources:
+            self.grids[node] = self.grids.get(sources[0])
+            return
+        self.grids[node] = None
+        if not _reads_values(node):
+            return
+        for source in dict.fromkeys(sources):
+            self._feed(node, source, None)
+
+    def _remove(self, node: fx.Node) -> None:
+        node.replace_all_uses_with(tensor_inputs(node)[0])
+        self.network.graph.erase_node(node)
+
+    def _replace(self, name: str, node: fx.Node, module: nn.Module, plan: LayerPlan) -> None:
+        sources = tensor_inputs(node)
+        grids = [self.grids[s] for s in sources]
+        if plan.kind == plans.INTEGER:
+            read = [fresh or grid for fresh, grid in zip(plan.inputs, grids, strict=True)]
+            for source, grid in zip(sources, read, strict=True):
+                self._feed(node, source, grid)
+            self._set(name, build_integer(module, plan, [g for g in read if g is not None], node))
+        else:
+            for index, source in enumerate(sources):
+                fresh = plan.inputs[index] if plan.inputs else None
+                if fresh is not None and self.grids[source] is None:
+                    source_q = self._convert(source, fresh)
+                    node.replace_input_with(source, source_q)
+                    source = source_q
+                self._feed(node, source, None)
+            self._set(name, _BUILDERS[plan.kind](module, plan))
+        self.grids[node] = plan.output
+
+    def _feed(self, node: fx.Node, source: fx.Node, grid: QParams | None) -> None:
+        """Make node read source on a grid (None: in float)."""
+        if self.grids[source] is grid:
+            return
+        node.replace_input_with(source, self._convert(source, grid))
+
+    def _convert(self, source: fx.Node, grid: QParams | None) -> fx.Node:
+        """The node that gives source's value on another grid; made once for all readers."""
+        for (known, known_grid), converted in self.converted.items():
+            if known is source and _same(known_grid, grid):
+                return converted
+        held = self.grids[source]
+        assert (held is None) != (grid is None), "only borders between float and integers are converted"
+        module = Quantize(grid) if grid is not None else Dequantize(held)  # type: ignore[arg-type]
+        name = self._free_name(f"{source.meta.get('layer', source.name)}_{type(module).__name__.lower()}")
+        self.network.add_submodule(name, module)
+        with self.network.graph.inserting_after(source):
+            converted = self.network.graph.call_module(name, (source,))
+        converted.meta.update(op=type(module).__name__.lower(), value=source.meta["value"])
+        self.grids[converted] = grid
+        self.converted[source, grid] = converted
+        return converted
+
+    def _free_name(self, name: str) -> str:
+        taken = {n for n, _ in self.network.named_modules()}
+        while name in taken:
+            name += "_"
+        return name
+
+    def _set(self, name: str, module: nn.Module) -> None:
+        self.network.set_submodule(name, module)
+
+
+def _same(a: QParams | None, b: QParams | None) -> bool:
+    return a is b or (a is not None and b is not None and a.same_grid(b))
+
+
+def _reads_values(node: fx.Node) -> bool:
+    """Whether a node uses the numbers of its inputs, not only their shape."""
+    if node.op == "output":
+        return True
+    value = node.meta.get("value")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(v, Tensor) for v in values)
+
+
+def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], node: fx.Node) -> nn.Module:
+    """The module of an integer layer, for inputs on the given grids."""
+    assert plan.output is not None and plan.accum_scale is not None
+    if plan.op == "add":
+        return QuantAdd(inputs, plan.output, plan.activation)
+    if plan.op == "cat":
+        return QuantCat(inputs, plan.output, plan.activation)
+    num_dims = node.meta["value"].dim()
+    last = plan.op in ("linear", "matmul")
+    requantize = Requantize(
+        plan.output,
+        plan.accum_scale,
+        plan.activation,
+        plan.scale_approx_bits,
+        num_dims,
+        channel_axis=-1 if last else 1,
+    )
+    if plan.op in plans.WEIGHTED:
+        return QuantWeighted(
+            module,
+            plans.weight_centered(plan, module),
+            plan.bias_q,
+            requantize,
+            plan.accum_bits,
+            torch.float64 if plan.accum_float64 else torch.float32,
+        )
+    return QuantProduct(torch.matmul if plan.op == "matmul" else torch.mul, requantize)
+
+
+def _build_fake(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    assert plan.output is not None
+    return FakeQuantize(module, plan.output, plan.activation)
+
+
+def _build_weights_only(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    """A copy of the layer with the weights that its integers stand for."""
+    layer: Any = copy.copy(module)
+    layer._parameters = dict(module._parameters)
+    weight = restore_layout(plans.weight_values(plan), module)
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    if plan.bias is not None:
+        layer.bias = nn.Parameter(plan.bias, requires_grad=False)
+    return layer  # type: ignore[no-any-return]
+
+
+def _build_embedding(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    return QuantEmbedding(plans.weight_centered(plan, module))
+
+
+_BUILDERS: dict[str, Callable[[nn.Module, LayerPlan], nn.Module]] = {
+    plans.FAKE: _build_fake,
+    plans.WEIGHTS_ONLY: _build_weights_only,
+    plans.EMBEDDING: _build_embedding,
+    plans.FLOAT: lambda module, _plan: module,
+}
