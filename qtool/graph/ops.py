@@ -5,6 +5,7 @@ x.relu_() are all "relu". Everything after tracing asks here and nowhere else.
 """
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -137,8 +138,13 @@ def module_op(module: nn.Module) -> str:
     for base in type(module).__mro__:
         if base in MODULE_OPS:
             inherits = getattr(type(module), "forward", None) is getattr(base, "forward", None)
-            return MODULE_OPS[base] if inherits else type(module).__name__.lower()
-    return type(module).__name__.lower()
+            return MODULE_OPS[base] if inherits else _snake_case(type(module).__name__)
+    return _snake_case(type(module).__name__)
+
+
+def _snake_case(name: str) -> str:
+    """AdaptiveAvgPool2d -> adaptive_avg_pool2d, LeakyReLU -> leaky_relu."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def node_op(node: fx.Node, modules: dict[str, nn.Module]) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 CLIP_MODES = ("none", "avg", "n_std", "gauss", "laplace")
 MIN_BITS, MAX_BITS = 2, 16
+# The widest grid that clip modes gauss and laplace have published constants for.
+ACIQ_MAX_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,12 @@ class QuantSpec:
         """The smallest integer."""
         if not self.signed:
             return 0
-        return -(2 ** (self.num_bits - 1)) + int(self.narrow_range)
+        return int(self.narrow_range) - (1 << (self.num_bits - 1))
 
     @property
     def quant_max(self) -> int:
         """The largest integer."""
-        return 2 ** (self.num_bits - int(self.signed)) - 1
+        return (1 << (self.num_bits - int(self.signed))) - 1
 
 
 @dataclass(frozen=True)

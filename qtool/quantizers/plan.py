@@ -103,6 +103,30 @@ def quantizes_output(node: fx.Node, spec: LayerSpec | None) -> bool:
     return single and spec is not None and spec.output is not None and node.meta["op"] != "embedding"
 
 
+def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple[str, str]:
+    """What is done with a layer, by the constants above, and why if it is not what was asked.
+
+    Args:
+        node: of the folded network.
+        spec: what is asked of it.
+        fused_away: whether the layer in front of it computes it.
+    """
+    op: str = node.meta["op"]
+    if fused_away:
+        return IDENTITY, ""
+    if spec is None or (spec.output is None and spec.weight is None):
+        return FLOAT, "not asked for"
+    if not ops.is_float_tensor(node.meta["value"]):
+        return FLOAT, "gives several tensors"
+    if op == "embedding":
+        return (FLOAT, "not asked for") if spec.weight is None else (EMBEDDING, "")
+    if op in WEIGHTED and spec.weight is not None:
+        return (WEIGHTS_ONLY if spec.output is None else INTEGER), ""
+    if spec.output is None:
+        return FLOAT, "has no weights"
+    return (INTEGER if op in INTEGER_OPS and computes_only_tensors(node) else FAKE), ""
+
+
 class _Planner:
     """Walks the layers in the order of execution; grids holds the grid of every value so far."""
 
@@ -138,24 +162,20 @@ class _Planner:
         return None
 
     def _plan(self, name: str, node: fx.Node, module: nn.Module) -> LayerPlan:
-        op: str = node.meta["op"]
         spec = self.specs.get(name)
-        if name in self.identities:
-            return LayerPlan(IDENTITY, op)
-        if spec is None or (spec.output is None and spec.weight is None):
-            return LayerPlan(FLOAT, op)
-        if op == "embedding":
+        kind, note = layer_kind(node, spec, name in self.identities)
+        op: str = node.meta["op"]
+        if spec is None or kind in (FLOAT, IDENTITY):
+            return LayerPlan(kind, op, note=note)
+        if kind == EMBEDDING:
             return self._plan_embedding(name, node, module, spec)
-        if not ops.is_float_tensor(node.meta["value"]):
-            return LayerPlan(FLOAT, op, note="gives several tensors")
-        if op in WEIGHTED and spec.weight is not None:
-            planner = self._plan_weights_only if spec.output is None else self._plan_weighted
-            return planner(name, node, module, spec)
-        if spec.output is None:
-            return LayerPlan(FLOAT, op)
-        if op in INTEGER_OPS and computes_only_tensors(node):
-            return self._plan_integer_op(name, node, spec)
-        return self._plan_fake(name, node, spec, op)
+        if kind == WEIGHTS_ONLY:
+            return self._plan_weights_only(name, node, module, spec)
+        if kind == FAKE:
+            return self._plan_fake(name, node, spec, op)
+        if op in WEIGHTED:
+            return self._plan_weighted(name, node, module, spec)
+        return self._plan_integer_op(name, node, spec)
 
     def _plan_weighted(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
@@ -198,11 +218,8 @@ class _Planner:
         )
 
     def _plan_embedding(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
-        if spec.weight is None:
-            return LayerPlan(FLOAT, node.meta["op"])
-        per_tensor = replace(spec, weight=replace(spec.weight, axis=None))
-        assert per_tensor.weight is not None
-        weight, weight_q = quantize_weight(name, module, per_tensor.weight)
+        assert spec.weight is not None
+        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None))
         return LayerPlan(EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q)
 
     def _plan_integer_op(self, name: str, node: fx.Node, spec: LayerSpec) -> LayerPlan:

@@ -1,0 +1,1 @@
+"""Quantize trained PyTorch networks: numerics, observers, graph passes, and a command line."""

@@ -1,0 +1,172 @@
+"""The command line: load the configuration, call the pipeline, print.
+
+torch is imported inside the commands, so that --help stays quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.config import SECTIONS, Config, load_config, options_of
+from qtool.errors import QtoolError
+
+LOG = logging.getLogger("qtool")
+
+
+class QtoolCommand(click.Command):
+    """A command whose help groups options by section, and whose errors are one message."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        grouped: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                grouped.setdefault(_HEADINGS.get(param.name or "", "General"), []).append(record)
+        for heading, records in grouped.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        handler = _log_to_stderr()
+        try:
+            return super().invoke(ctx)
+        except QtoolError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            raise SystemExit(1) from error
+        except (KeyboardInterrupt, click.Abort) as error:
+            click.echo("interrupted: files that were not finished have not been written", err=True)
+            raise SystemExit(1) from error
+        except MemoryError as error:
+            click.echo("error: out of memory; try a smaller --batch-size", err=True)
+            raise SystemExit(1) from error
+        finally:
+            LOG.removeHandler(handler)
+
+
+_HEADINGS = {name: str(cls.__doc__) for cls in SECTIONS.values() for name, _, _ in options_of(cls)}
+
+
+def _log_to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    return handler
+
+
+def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of some sections, and -c."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        described = [item for name in sections for item in options_of(SECTIONS[name])]
+        for name, default, opt in reversed(described):
+            if not opt.flags:
+                continue
+            shown = opt.shown_default or (None if default in (None, (), False) else str(default))
+            command = click.option(
+                *opt.flags,
+                name,
+                type=None if opt.is_flag else opt.type,
+                is_flag=opt.is_flag,
+                multiple=opt.multiple,
+                default=None,
+                metavar=opt.metavar,
+                help=opt.help,
+                show_default=shown or False,
+            )(command)
+        return click.option(
+            "-c",
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            help="YAML file with any of these settings; flags win over it.",
+        )(command)
+
+    return decorate
+
+
+DATA = click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
+
+
+def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    return load_config(config_file, **flags)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="qtool")
+def main() -> None:
+    """Quantize a trained PyTorch network, see what it cost, and keep the result.
+
+    Without a model and data, commands use an embedded network and images:
+
+    \b
+        qtool calibrate --fraction 0.05
+        qtool quantize --qe-mode asym_u --qe-per-channel
+    """
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "run")
+def calibrate(config_file: Path | None, **flags: Any) -> None:
+    """Measure the activations of a network, and write them to a YAML file.
+
+    \b
+    Example:
+        qtool calibrate -a resnet18 --pretrained --fraction 0.05 /data/imagenet
+    """
+    from qtool.pipeline import runs
+
+    click.echo(runs.calibrate(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "quantizers", "run")
+def quantize(config_file: Path | None, **flags: Any) -> None:
+    """Quantize a network, and compare its accuracy with the float network's.
+
+    \b
+    Example:
+        qtool quantize -a resnet18 --pretrained --qe-mode asym_u --qe-per-channel /data/imagenet
+    """
+    from qtool.pipeline import runs
+
+    click.echo(runs.quantize(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "run")
+def evaluate(config_file: Path | None, **flags: Any) -> None:
+    """Evaluate a float network, or a quantized one that a run has saved.
+
+    \b
+    Example:
+        qtool evaluate --checkpoint logs/RUN/quantized_checkpoint.pth.tar /data/imagenet
+    """
+    from qtool.pipeline import runs
+
+    click.echo(runs.evaluate(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@config_options("model", "quantizers")
+def layers(config_file: Path | None, **flags: Any) -> None:
+    """List the layers of a network: names, shapes, and what would be quantized and how.
+
+    \b
+    Example:
+        qtool layers -a resnet18 --qe-no-quant-layers conv1,fc
+    """
+    from qtool.pipeline import runs
+
+    click.echo(runs.list_layers(_config(config_file, flags)))

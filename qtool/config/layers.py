@@ -1,0 +1,135 @@
+"""Config -> LayerSpecs: which settings hold for which layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qtool.config.sections import QuantizeConfig
+from qtool.errors import ConfigError, nearest
+from qtool.numerics.spec import ACIQ_MAX_BITS, ClipSpec, LayerSpec, QuantSpec
+
+
+def split_patterns(values: Sequence[str]) -> list[str]:
+    """Patterns from repeated flags, each of which may hold several separated by commas.
+
+    A comma inside braces or brackets belongs to its regular expression.
+
+    Example:
+        >>> split_patterns(["fc,conv1", "layer[1,2].*", "a{1,2}"])
+        ['fc', 'conv1', 'layer[1,2].*', 'a{1,2}']
+    """
+    return [p.strip() for value in values for p in re.split(r",(?![^{]*\})(?![^\[]*\])", value) if p.strip()]
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern matches as a whole.
+
+    A pattern is a layer's name or a regular expression.
+
+    Raises:
+        ConfigError: if it is no valid expression, or matches nothing.
+    """
+    if pattern in names:
+        return [pattern]
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r}: not a regular expression: {error}") from error
+    found = [name for name in names if expression.fullmatch(name)]
+    if not found:
+        raise ConfigError(
+            f"pattern {pattern!r}: matches no layer{nearest(pattern, names)}; 'qtool layers' lists their names"
+        )
+    return found
+
+
+def check(config: QuantizeConfig) -> None:
+    """Refuse settings that contradict each other, before anything runs.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    variants = [("", config)]
+    variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
+    for where, settings in variants:
+        _check_settings(where, settings)
+    if config.clip_n_stds is not None and not any(s.clip_activations == "n_std" for _, s in variants):
+        raise ConfigError(
+            f"--qe-clip-n-stds: has no effect with clip mode {config.clip_activations}; "
+            "add '--qe-clip-acts n_std', or leave it out"
+        )
+
+
+def _check_settings(where: str, settings: QuantizeConfig) -> None:
+    clip = settings.clip_activations
+    if clip == "n_std" and settings.clip_n_stds is None:
+        raise ConfigError(f"{where}--qe-clip-acts n_std: needs --qe-clip-n-stds, such as 3")
+    if clip in ("gauss", "laplace") and settings.bits_activations > ACIQ_MAX_BITS:
+        raise ConfigError(
+            f"{where}--qe-clip-acts {clip}: has published constants for up to {ACIQ_MAX_BITS} bits, found "
+            f"{settings.bits_activations}; choose another clip mode"
+        )
+    widest = max(settings.bits_activations, settings.bits_weights)
+    if settings.bits_accum < widest:
+        raise ConfigError(
+            f"{where}--qe-bits-accum: {settings.bits_accum} bits are fewer than the {widest} of the values added up"
+        )
+
+
+def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, LayerSpec]:
+    """What is asked of every layer.
+
+    The first override whose pattern matches a layer holds, over the settings for all layers; then
+    no_clip_layers, then no_quant_layers.
+
+    Args:
+        config: checked by check.
+        names: all layers, in order.
+
+    Raises:
+        ConfigError: if a pattern matches nothing; all such patterns are reported together.
+    """
+    settings = dict.fromkeys(names, config)
+    overridden: set[str] = set()
+    problems: list[str] = []
+
+    def each(patterns: Sequence[str]) -> list[tuple[str, list[str]]]:
+        found = []
+        for pattern in patterns:
+            try:
+                found.append((pattern, matching(pattern, names)))
+            except ConfigError as error:
+                problems.append(str(error))
+        return found
+
+    for pattern, matched in each(list(config.overrides)):
+        for name in matched:
+            if name not in overridden:
+                settings[name] = replace(config, **config.overrides[pattern])
+        overridden.update(matched)
+    for _, matched in each(split_patterns(config.no_clip_layers)):
+        settings.update({n: replace(settings[n], clip_activations="none") for n in matched})
+    for _, matched in each(split_patterns(config.no_quant_layers)):
+        settings.update({n: replace(settings[n], bits_activations=0, bits_weights=0) for n in matched})
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {name: layer_spec(s) for name, s in settings.items()}
+
+
+def layer_spec(settings: QuantizeConfig) -> LayerSpec:
+    """The settings of one layer, as the core understands them."""
+
+    def grid(mode: str | None, bits: int, axis: int | None = None) -> QuantSpec | None:
+        return QuantSpec.from_mode(mode or settings.mode, bits, axis) if bits else None
+
+    axis = 0 if settings.per_channel_weights else None
+    return LayerSpec(
+        weight=grid(settings.mode_weights, settings.bits_weights, axis),
+        output=grid(settings.mode_activations, settings.bits_activations),
+        clip=ClipSpec(settings.clip_activations, settings.clip_n_stds),
+        accum_bits=settings.bits_accum,
+        accum_float64=settings.accum_dtype == "float64",
+        scale_approx_bits=settings.scale_approx_bits,
+    )

@@ -1,0 +1,126 @@
+"""What an option is: one dataclass field from which flag, help, YAML key and check all come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.numerics.spec import MAX_BITS, MIN_BITS
+
+
+@dataclass(frozen=True)
+class Option:
+    """The command-line half of a field.
+
+    Args:
+        type: click's type; it checks YAML values too, by their text.
+        help: one sentence.
+        flags: spellings on the command line; none means the option lives in YAML only.
+        multiple: whether the flag may be repeated; in YAML, a list.
+        metavar: what the help shows for the value.
+        shown_default: what the help shows for a default of None.
+    """
+
+    type: click.ParamType[Any]
+    help: str
+    flags: tuple[str, ...]
+    multiple: bool = False
+    metavar: str | None = None
+    shown_default: str | None = None
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it takes no value."""
+        return isinstance(self.type, click.types.BoolParamType)
+
+
+def option(
+    default: Any,
+    type: click.ParamType[Any],  # noqa: A002 (click's own name for it)
+    help: str,  # noqa: A002
+    *flags: str,
+    multiple: bool = False,
+    metavar: str | None = None,
+    shown_default: str | None = None,
+) -> Any:
+    """Declare a dataclass field that is an option."""
+    described = Option(type, help, flags, multiple, metavar, shown_default)
+    return field(default=default, metadata={"option": described})
+
+
+def options_of(section: type) -> Iterator[tuple[str, Any, Option]]:
+    """The options of a section class: name, default, description."""
+    for f in fields(section):
+        if "option" in f.metadata:
+            yield f.name, None if f.default is MISSING else f.default, f.metadata["option"]
+
+
+class Bits(click.ParamType[int]):
+    """A bit width: 2 to 16, or 0 for "stays in float"."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = click.INT.convert(value, param, ctx)
+        if number != 0 and not MIN_BITS <= number <= MAX_BITS:
+            self.fail(f"{number} is not 0 (float) or in the range {MIN_BITS}<=x<={MAX_BITS}.", param, ctx)
+        return int(number)
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas."""
+
+    name = "x,y,z"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406.", param, ctx)
+
+
+class Shape(click.ParamType[tuple[int, ...]]):
+    """Channels, height and width of an image."""
+
+    name = "c,h,w"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().replace("x", ",").split(",")
+        if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+            self.fail(f"{value!r} is not channels, height and width, such as 3,224,224.", param, ctx)
+        return tuple(int(p) for p in parts)
+
+
+class PositiveFloat(click.ParamType[float]):
+    """A number above zero, of an interval that may be open or closed at its upper end."""
+
+    name = "float"
+
+    def __init__(self, maximum: float | None = None) -> None:
+        self.maximum = maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(click.FLOAT.convert(value, param, ctx))
+        # Written so that NaN fails too.
+        if not (0 < number < float("inf")) or (self.maximum is not None and number > self.maximum):
+            wanted = "a positive number" if self.maximum is None else f"in the range 0<x<={self.maximum:g}"
+            self.fail(f"{value} is not {wanted}.", param, ctx)
+        return number
+
+
+FILE = click.Path(path_type=Path)
+
+
+def is_path(described: Option) -> bool:
+    """Whether an option's value names a file or folder."""
+    return isinstance(described.type, click.Path)

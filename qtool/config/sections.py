@@ -1,0 +1,237 @@
+"""Every option once, in the section of the YAML file that it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.config.options import FILE, Bits, Numbers, PositiveFloat, Shape, option
+from qtool.numerics.spec import CLIP_MODES, MODES
+
+DATASETS = ("folder", "imagenet", "cifar10", "cifar100", "mnist", "fashion-mnist", "npz", "digits")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    arch: str | None = option(
+        None,
+        click.STRING,
+        "A torchvision classification model, a CIFAR ResNet (resnet20, resnet20_cifar, ...), digits_resnet, "
+        "or path/to/file.py:factory.",
+        "-a",
+        "--arch",
+        shown_default="the checkpoint's own, or digits_resnet",
+    )
+    pretrained: bool = option(False, click.BOOL, "Take torchvision's trained weights.", "--pretrained")
+    weights: str | None = option(
+        None,
+        click.STRING,
+        "Which of torchvision's weights --pretrained takes, such as IMAGENET1K_V2.",
+        "--weights",
+        shown_default="the first published",
+    )
+    checkpoint: Path | None = option(
+        None, FILE, "Trained weights (a state_dict, or a file that holds one), or a quantized model.", "--checkpoint"
+    )
+    num_classes: int | None = option(
+        None, click.IntRange(1), "Outputs of the network.", "--num-classes", shown_default="the network's own"
+    )
+    input_shape: tuple[int, ...] | None = option(
+        None, Shape(), "Shape of one image, as 3,224,224.", "--input-shape", shown_default="the network's own"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    path: Path | None = option(None, FILE, "The evaluation images; on the command line, the argument DATA.")
+    dataset: str | None = option(
+        None, click.Choice(DATASETS), "What DATA is.", "--dataset", shown_default="found out from DATA"
+    )
+    split: str | None = option(
+        None, click.STRING, "Part of DATA to evaluate on.", "--split", shown_default="val or test"
+    )
+    classes: Path | None = option(
+        None, FILE, "File that maps folder names to class indices: `index wnid name` lines.", "--classes"
+    )
+    resize: int | None = option(
+        None,
+        click.IntRange(0),
+        "Scale the short side to this many pixels; 0 for none.",
+        "--resize",
+        shown_default="the model's own",
+    )
+    crop: int | None = option(
+        None,
+        click.IntRange(0),
+        "Cut this square out of the centre; 0 for none.",
+        "--crop",
+        shown_default="the model's own",
+    )
+    mean: tuple[float, ...] | None = option(
+        None, Numbers(), "Mean of each channel, pixels in 0 to 1.", "--mean", shown_default="the model's own"
+    )
+    std: tuple[float, ...] | None = option(
+        None, Numbers(), "Standard deviation of each channel.", "--std", shown_default="the model's own"
+    )
+    effective_test_size: float = option(
+        1.0, PositiveFloat(1.0), "Share of the evaluation images to use, chosen by seed.", "--effective-test-size"
+    )
+    skip_bad_images: bool = option(
+        False, click.BOOL, "Leave unreadable images out and count them.", "--skip-bad-images"
+    )
+    batch_size: int = option(64, click.IntRange(1), "Images in a batch.", "-b", "--batch-size")
+    workers: int = option(2, click.IntRange(0), "Processes that decode images.", "-j", "--workers")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Calibration images"""
+
+    fraction: float | None = option(
+        None,
+        PositiveFloat(1.0),
+        "Calibrate on this share of the evaluation images, or of --calib-data or --calib-split.",
+        "--fraction",
+        shown_default="0.05 where there is no other set",
+    )
+    calib_data: Path | None = option(None, FILE, "Calibrate on images of this folder or file.", "--calib-data")
+    calib_split: str | None = option(
+        None, click.STRING, "Calibrate on this part of DATA (or of --calib-data), such as train.", "--calib-split"
+    )
+    calib_samples: int | None = option(
+        None, click.IntRange(1), "Calibrate on this many images.", "--calib-samples"
+    )
+    calib_classes: Path | None = option(
+        None, FILE, "Like --classes, for --calib-data.", "--calib-classes", shown_default="--classes"
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantization, for every layer that no override names"""
+
+    mode: str = option(
+        "sym", click.Choice(MODES), "Integer grid of weights and activations.", "--qe-mode", "--qem"
+    )
+    mode_activations: str | None = option(
+        None, click.Choice(MODES), "Grid of activations.", "--qe-mode-acts", "--qema", shown_default="--qe-mode"
+    )
+    mode_weights: str | None = option(
+        None, click.Choice(MODES), "Grid of weights.", "--qe-mode-wts", "--qemw", shown_default="--qe-mode"
+    )
+    bits_activations: int = option(
+        8, Bits(), "Bits of an activation, 2 to 16; 0 leaves them in float.", "--qe-bits-acts", "--qeba"
+    )
+    bits_weights: int = option(
+        8, Bits(), "Bits of a weight, 2 to 16; 0 leaves them in float.", "--qe-bits-wts", "--qebw"
+    )
+    bits_accum: int = option(
+        32, click.IntRange(8, 64), "Bits of an accumulator, and of the bias.", "--qe-bits-accum"
+    )
+    accum_dtype: str = option(
+        "float32",
+        click.Choice(["float32", "float64"]),
+        "Type that simulates the accumulator: float32 is exact up to 2^24, float64 up to 2^53. "
+        "Above 16 bits of weight and activation together it is always float64.",
+        "--qe-accum-dtype",
+    )
+    clip_activations: str = option(
+        "none", click.Choice(CLIP_MODES), "How the range of activations is chosen.", "--qe-clip-acts", "--qeca"
+    )
+    clip_n_stds: float | None = option(
+        None, PositiveFloat(), "Standard deviations that clip mode n_std keeps.", "--qe-clip-n-stds"
+    )
+    per_channel_weights: bool = option(
+        False, click.BOOL, "One scale for each output channel of a weight.", "--qe-per-channel", "--qepc"
+    )
+    scale_approx_bits: int | None = option(
+        None,
+        click.IntRange(1, 32),
+        "Replace scales by an integer of this many bits and a shift.",
+        "--qe-scale-approx-bits",
+        "--qesab",
+    )
+    no_clip_layers: tuple[str, ...] = option(
+        (),
+        click.STRING,
+        "Layers whose activations are not clipped: names or patterns, repeated or separated by commas.",
+        "--qe-no-clip-layers",
+        "--qencl",
+        multiple=True,
+        metavar="PATTERN",
+    )
+    no_quant_layers: tuple[str, ...] = option(
+        (),
+        click.STRING,
+        "Layers that stay in float: names or patterns, repeated or separated by commas.",
+        "--qe-no-quant-layers",
+        "--qenql",
+        multiple=True,
+        metavar="PATTERN",
+    )
+    stats_file: Path | None = option(
+        None, FILE, "Activation statistics from an earlier calibration.", "--qe-stats-file"
+    )
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+# What an override may set for the layers that its pattern matches.
+OVERRIDABLE = (
+    "mode",
+    "mode_activations",
+    "mode_weights",
+    "bits_activations",
+    "bits_weights",
+    "bits_accum",
+    "accum_dtype",
+    "clip_activations",
+    "clip_n_stds",
+    "per_channel_weights",
+    "scale_approx_bits",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run"""
+
+    out_dir: Path = option(
+        Path("logs"), FILE, "Folder in which the run's own folder is made.", "-o", "--out-dir"
+    )
+    name: str | None = option(
+        None, click.STRING, "Name of the run; its folder starts with it.", "-n", "--name", shown_default="none"
+    )
+    seed: int = option(0, click.IntRange(0, 2**32 - 1), "Chooses the calibration images.", "--seed")
+    device: str = option("cpu", click.STRING, "Where the network runs: cpu, cuda, cuda:1.", "--device")
+    skip_float: bool = option(False, click.BOOL, "Do not evaluate the float network.", "--skip-float")
+    save_predictions: Path | None = option(
+        None, FILE, "Write path, label and predictions of every image to this .npz file.", "--save-predictions"
+    )
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "calibration": CalibrationConfig,
+    "quantizers": QuantizeConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a user asked for, checked."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
+    run: RunConfig = field(default_factory=RunConfig)

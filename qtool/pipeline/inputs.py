@@ -1,0 +1,281 @@
+"""What a run works on: the network, the evaluation images and the calibration images."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qtool.config import Config
+from qtool.data.calibration_set import calibration_indices, overlap
+from qtool.data.datasets import check_outputs, open_dataset
+from qtool.data.image_dataset import ImageDataset
+from qtool.data.kinds import dataset_kind, has_calibration_split
+from qtool.data.loader import Loader, make_loader
+from qtool.data.preprocessing import Preprocessing, choose_preprocessing
+from qtool.errors import ConfigError, DataError, ModelError
+from qtool.graph.trace import trace
+from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
+from qtool.pipeline.steps import example_input
+from qtool.quantizers.checkpoint import from_checkpoint, is_quantized
+from qtool.quantizers.prepare import QuantizedModel
+
+LOG = logging.getLogger("qtool")
+
+DEFAULT_FRACTION = 0.05
+# From a set of its own, which may have thousands.
+DEFAULT_SAMPLES = 256
+ADVICE = "for an accuracy on unseen images, calibrate on others with --calib-data or --calib-split"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network of a run.
+
+    Args:
+        network: float or quantized, in evaluation mode.
+        arch, weights: for the report.
+        input_shape: (C, H, W) that images have after preprocessing.
+        preprocessing: what images go through.
+        checkpoint_sha256: of the file it came from, or None.
+    """
+
+    network: nn.Module
+    arch: str
+    weights: str
+    input_shape: tuple[int, ...]
+    preprocessing: Preprocessing
+    checkpoint_sha256: str | None
+
+    def traced(self) -> fx.GraphModule:
+        """The graph of a float network."""
+        return trace(self.network, example_input(self.input_shape))
+
+    def num_outputs(self) -> int:
+        """How many classes it tells apart."""
+        with torch.no_grad():
+            output = self.network(example_input(self.input_shape))
+        if not isinstance(output, torch.Tensor) or output.dim() != 2:
+            raise ModelError(f"{self.arch}: does not give logits of shape (N, classes); qtool evaluates classifiers")
+        return int(output.shape[1])
+
+
+def announce_default(config: Config, data_needed: bool = True) -> None:
+    """Say in the first line that the embedded network, and images, are used."""
+    no_model = config.model.arch is None and config.model.checkpoint is None
+    if not no_model:
+        return
+    if not data_needed:
+        LOG.info("no model named: using the embedded digits_resnet")
+    elif config.data.path is None and config.data.dataset in (None, "digits"):
+        LOG.info("no model or data named: using the embedded digits_resnet and UCI handwritten digits")
+    elif config.data.dataset != "digits":
+        raise ConfigError("--arch: no network named for these images; add -a, such as -a resnet18")
+
+
+def open_subject(config: Config) -> Subject:
+    """Load the network that a config names, float or quantized.
+
+    Raises:
+        ModelError, ConfigError: if it cannot be loaded.
+    """
+    asked = config.model
+    content = None
+    if asked.checkpoint is not None and not asked.pretrained:
+        content = read_checkpoint(asked.checkpoint)
+    if content is not None and is_quantized(content):
+        assert asked.checkpoint is not None
+        return _open_quantized(config, content, asked.checkpoint)
+    if asked.arch is None and asked.checkpoint is not None:
+        raise ConfigError(f"--arch: {asked.checkpoint} holds weights only; say with -a which network they are of")
+    loaded = load_model(
+        asked.arch,
+        pretrained=asked.pretrained,
+        weights=asked.weights,
+        checkpoint=asked.checkpoint,
+        num_classes=asked.num_classes,
+        input_shape=asked.input_shape,
+        seed=config.run.seed,
+    )
+    if loaded.weights.startswith("random"):
+        LOG.warning("%s has %s; give --pretrained or --checkpoint for trained ones", loaded.arch, loaded.weights)
+    preprocessing = _preprocessing(config, loaded)
+    shape = _image_shape(loaded.input_shape, preprocessing)
+    return Subject(
+        loaded.model, loaded.arch, loaded.weights, shape, preprocessing, loaded.checkpoint_sha256
+    )
+
+
+def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subject:
+    info = content.get("model", {})
+    stored = info.get("arch")
+    arch = config.model.arch or stored
+    if not isinstance(arch, str):
+        raise ModelError(f"{path}: does not name its network; say with -a which one it is")
+    from_file = ".py:" in arch
+    if from_file and config.model.arch is None:
+        raise ModelError(f"{path}: its network is defined in {arch}; name that file with -a to allow running it")
+    shape = tuple(info.get("input_shape", ())) or config.model.input_shape
+    classes = config.model.num_classes if from_file else info.get("num_outputs")
+    loaded = load_model(arch, num_classes=classes, input_shape=shape)
+    stored_steps = info.get("preprocessing")
+    hint = Preprocessing(**_tuples(stored_steps)) if isinstance(stored_steps, dict) else loaded.preprocessing
+    preprocessing = _preprocessing(config, loaded, hint)
+    input_shape = _image_shape(loaded.input_shape, preprocessing)
+    try:
+        network = from_checkpoint(content, loaded.model, example_input(input_shape))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return Subject(network, loaded.arch, f"quantized model {path.name}", input_shape, preprocessing, None)
+
+
+def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+
+
+def model_info(subject: Subject, num_outputs: int) -> dict[str, Any]:
+    """What a quantized checkpoint says of its architecture."""
+    return {
+        "arch": subject.arch,
+        "num_outputs": num_outputs,
+        "input_shape": list(subject.input_shape),
+        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(subject.preprocessing).items()},
+    }
+
+
+def _preprocessing(config: Config, loaded: LoadedModel, hint: Any = None) -> Preprocessing:
+    data = config.data
+    chosen = choose_preprocessing(
+        dataset_kind(data.path, data.dataset) if data.path or data.dataset else "digits",
+        hint or loaded.preprocessing,
+        resize=data.resize,
+        crop=data.crop,
+        mean=data.mean,
+        std=data.std,
+        arch=loaded.arch,
+    )
+    return chosen.for_channels(loaded.input_shape[0])
+
+
+def _image_shape(shape: tuple[int, ...], preprocessing: Preprocessing) -> tuple[int, ...]:
+    return shape if preprocessing.crop is None else (shape[0], preprocessing.crop, preprocessing.crop)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of a data set.
+
+    Args:
+        dataset: where they are from.
+        indices: their numbers, ascending.
+        words: how to speak of them.
+        from_evaluation: whether these calibration images were taken from the evaluation images.
+    """
+
+    dataset: ImageDataset
+    indices: list[int]
+    words: str
+    from_evaluation: bool = False
+
+    def loader(self, config: Config) -> Loader:
+        """Batches of them, in order."""
+        return make_loader(
+            self.dataset, batch_size=config.data.batch_size, workers=config.data.workers, indices=self.indices
+        )
+
+
+def open_evaluation(config: Config, subject: Subject) -> Images:
+    """The evaluation images.
+
+    Raises:
+        DataError: if they cannot be read, or do not fit the network.
+    """
+    data = config.data
+    if data.path is None and data.dataset in (None, "digits") and subject.arch != DEFAULT_ARCH:
+        raise DataError(
+            f"DATA: {subject.arch} needs images; name a folder or file, as in 'qtool quantize -a {subject.arch} DATA'"
+        )
+    dataset = _open(config, data.path, data.dataset, data.split or "evaluation", subject, data.classes)
+    check_outputs(dataset, subject.num_outputs())
+    indices = list(range(len(dataset)))
+    if data.effective_test_size < 1:
+        indices = calibration_indices(len(dataset), fraction=data.effective_test_size, seed=config.run.seed)
+    part = "" if len(indices) == len(dataset) else f"{len(indices)} of "
+    return Images(dataset, indices, f"{part}{len(dataset)} images of {dataset.name}")
+
+
+def open_calibration(config: Config, subject: Subject, evaluation: Images | None) -> Images:
+    """The calibration images, apart from the evaluation images unless asked otherwise.
+
+    Raises:
+        ConfigError: if the options contradict each other.
+        DataError: if the images cannot be read, or there are too few.
+    """
+    asked, data = config.calibration, config.data
+    if asked.fraction is not None and asked.calib_samples is not None:
+        raise ConfigError("--fraction and --calib-samples both say how many images calibrate; give one of them")
+    fraction, samples = asked.fraction, asked.calib_samples
+    from_evaluation = False
+    if asked.calib_data is not None:
+        dataset = _open(
+            config, asked.calib_data, None, asked.calib_split or _part(asked.calib_data, None), subject,
+            asked.calib_classes or _classes_for(asked.calib_data, data.classes),
+        )  # fmt: skip
+    elif asked.calib_split is not None:
+        dataset = _open(config, data.path, data.dataset, asked.calib_split, subject, data.classes)
+    elif fraction is None and has_calibration_split(data.path, data.dataset):
+        dataset = _open(config, data.path, data.dataset, "calibration", subject, data.classes)
+    else:
+        dataset = (evaluation or open_evaluation(config, subject)).dataset
+        from_evaluation = True
+        fraction = fraction if fraction is not None or samples is not None else DEFAULT_FRACTION
+    if fraction is None and samples is None:
+        samples = min(DEFAULT_SAMPLES, len(dataset))
+    indices = calibration_indices(len(dataset), fraction=fraction, samples=samples, seed=config.run.seed)
+    words = f"{len(indices)} of {len(dataset)} images of {dataset.name} (seed {config.run.seed})"
+    return Images(dataset, indices, words, from_evaluation)
+
+
+def shared_images(evaluation: Images, calibration: Images) -> int:
+    """How many of the evaluation images also calibrate, with a notice when there are any."""
+    count = overlap(evaluation.dataset, evaluation.indices, calibration.dataset, calibration.indices)
+    if count:
+        LOG.warning(
+            "%d of the %d evaluation images are also calibration images: %s",
+            count,
+            len(evaluation.indices),
+            ADVICE,
+        )
+    return count
+
+
+def _part(path: Path, kind: str | None) -> str:
+    return "calibration" if has_calibration_split(path, kind) else "evaluation"
+
+
+def _classes_for(path: Path, classes: Path | None) -> Path | None:
+    """The class list of DATA serves a calibration folder too; other kinds have none."""
+    return classes if dataset_kind(path, None) == "folder" else None
+
+
+def _open(
+    config: Config, path: Path | None, kind: str | None, split: str, subject: Subject, classes: Path | None
+) -> ImageDataset:
+    return open_dataset(
+        path,
+        kind,
+        split,
+        preprocessing=subject.preprocessing,
+        classes=classes,
+        skip_bad_images=config.data.skip_bad_images,
+        channels=subject.input_shape[0],
+    )
+
+
+def quantized_network(subject: Subject) -> QuantizedModel | None:
+    """The network, if it is a quantized one."""
+    return subject.network if isinstance(subject.network, QuantizedModel) else None

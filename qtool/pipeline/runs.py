@@ -1,0 +1,266 @@
+"""A whole run of a command: inputs, steps, and the files that the run leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import fx
+
+import qtool.config as configs
+from qtool.config import Config
+from qtool.errors import ConfigError
+from qtool.observers.stats import ModelStats, read_stats, write_stats
+from qtool.pipeline import steps
+from qtool.pipeline.describe import layer_quant_params, layer_table
+from qtool.pipeline.inputs import (
+    ADVICE,
+    Images,
+    Subject,
+    announce_default,
+    model_info,
+    open_calibration,
+    open_evaluation,
+    open_subject,
+    quantized_network,
+    shared_images,
+)
+from qtool.quantizers.prepare import QuantizedModel
+from qtool.report import Comparison, Result, compare, table
+from qtool.run_dir import log_to, make_run_dir, write_text, write_whole
+
+LOG = logging.getLogger("qtool")
+
+STATS_FILE = "acts_quantization_stats.yaml"
+EDITED_STATS_FILE = "quant_stats_after_prepare_model.yaml"
+LAYER_PARAMS_FILE = "layer_quant_params.yaml"
+CONFIG_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
+CHECKPOINT_FILE = "quantized_checkpoint.pth.tar"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to say at its end: lines for stdout, and the folder it wrote."""
+
+    text: str
+    folder: Path
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def calibrate(config: Config) -> Outcome:
+    """Measure activation statistics and write their YAML."""
+    _check(config, data_needed=True)
+    subject = open_subject(config)
+    _refuse_quantized(subject, "calibrate")
+    images = open_calibration(config, subject, None)
+    if images.from_evaluation:
+        LOG.warning("these are evaluation images: %s", ADVICE)
+    traced = subject.traced()
+    with _run_folder(config) as folder:
+        LOG.info("network: %s, %s", subject.arch, subject.weights)
+        stats = _measure(config, traced, images)
+        path = write_text(folder / STATS_FILE, write_stats(stats))
+    return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {images.words}\n{path}", folder)
+
+
+def quantize(config: Config) -> Outcome:
+    """Calibrate unless there are statistics, quantize, and evaluate beside the float network."""
+    _check(config, data_needed=True)
+    subject = open_subject(config)
+    _refuse_quantized(subject, "quantize")
+    evaluation = open_evaluation(config, subject)
+    traced = subject.traced()
+    specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
+    stats_file = config.quantizers.stats_file
+    given = None if stats_file is None else read_stats(stats_file)
+    calibration = None if given is not None else open_calibration(config, subject, evaluation)
+    overlapping = None if calibration is None else shared_images(evaluation, calibration)
+    with _run_folder(config) as folder:
+        LOG.info("network: %s, %s", subject.arch, subject.weights)
+        if given is not None:
+            stats = given
+            LOG.info("statistics: %s", stats.source)
+        else:
+            assert calibration is not None
+            stats = _measure(config, traced, calibration)
+            write_text(folder / STATS_FILE, write_stats(stats))
+        model = steps.quantize(traced, stats, config.quantizers)
+        if model.plan.edited_stats is not None:
+            write_text(folder / EDITED_STATS_FILE, write_stats(model.plan.edited_stats))
+        params = layer_quant_params(model.plan, specs)
+        write_text(folder / LAYER_PARAMS_FILE, yaml.safe_dump(params, sort_keys=False))
+        info = model_info(subject, _classes(traced))
+        prefix = f"{config.run.name}_" if config.run.name else ""
+        steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **info)
+        results, comparison = _evaluate_both(config, subject, model, evaluation)
+        record = _record(config, subject, evaluation, results, comparison)
+        record["calibration"] = (
+            {"stats_file": str(config.quantizers.stats_file)}
+            if calibration is None
+            else {"images": len(calibration.indices), "dataset": calibration.dataset.name, "overlap": overlapping}
+        )
+        _finish(config, folder, record, evaluation, results)
+    text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"
+    return Outcome(text, folder, record)
+
+
+def evaluate(config: Config) -> Outcome:
+    """Evaluate the float network, or a saved quantized one."""
+    _check(config, data_needed=True)
+    subject = open_subject(config)
+    evaluation = open_evaluation(config, subject)
+    name = "float" if quantized_network(subject) is None else "quantized"
+    with _run_folder(config) as folder:
+        LOG.info("network: %s, %s", subject.arch, subject.weights)
+        results = {name: _evaluate(config, subject.network, evaluation, f"evaluating {name}")}
+        record = _record(config, subject, evaluation, results, None)
+        _finish(config, folder, record, evaluation, results)
+    text = f"{subject.arch}, {evaluation.words}\n{table(results)}\n{folder}"
+    return Outcome(text, folder, record)
+
+
+def list_layers(config: Config) -> str:
+    """The layers of a network and what would be done with them."""
+    _check(config, data_needed=False)
+    subject = open_subject(config)
+    _refuse_quantized(subject, "layers")
+    traced = subject.traced()
+    return layer_table(traced, steps.specs_for(traced, config.quantizers))
+
+
+def _check(config: Config, data_needed: bool) -> None:
+    configs.check(config.quantizers)
+    announce_default(config, data_needed)
+    try:
+        device = torch.device(config.run.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device: {config.run.device} cannot be used here: {reason}") from error
+
+
+def _refuse_quantized(subject: Subject, command: str) -> None:
+    if quantized_network(subject) is not None:
+        raise ConfigError(
+            f"--checkpoint: {subject.weights} is quantized already; 'qtool evaluate' evaluates it, "
+            f"'qtool {command}' needs a float network"
+        )
+
+
+@contextmanager
+def _run_folder(config: Config) -> Iterator[Path]:
+    """A new folder with the resolved configuration and a log."""
+    folder = make_run_dir(config.run.out_dir, config.run.name)
+    with log_to(folder / f"{folder.name}.log", LOG):
+        write_text(folder / CONFIG_FILE, configs.dump_config(config))
+        LOG.info("writing to %s", folder)
+        try:
+            yield folder
+        except BaseException as error:
+            LOG.debug("ended by %s: %s", type(error).__name__, error)
+            raise
+
+
+def _measure(config: Config, traced: fx.GraphModule, images: Images) -> ModelStats:
+    LOG.info("calibrating on %s", images.words)
+    loader = images.loader(config)
+    stats = steps.calibrate(traced, loader, device=config.run.device, progress=True)
+    _note_bad_images(loader.bad_images)
+    return stats
+
+
+def _evaluate_both(
+    config: Config, subject: Subject, model: QuantizedModel, evaluation: Images
+) -> tuple[dict[str, Result], Comparison | None]:
+    results = {}
+    if not config.run.skip_float:
+        results["float"] = _evaluate(config, subject.network, evaluation, "evaluating float")
+    results["quantized"] = _evaluate(config, model, evaluation, "evaluating quantized")
+    comparison = compare(results["float"], results["quantized"]) if "float" in results else None
+    return results, comparison
+
+
+def _evaluate(config: Config, network: torch.nn.Module, images: Images, progress: str) -> Result:
+    loader = images.loader(config)
+    result = steps.evaluate(network, loader, device=config.run.device, progress=progress)
+    _note_bad_images(loader.bad_images)
+    return result
+
+
+def _note_bad_images(paths: list[str]) -> None:
+    if paths:
+        LOG.warning("skipped %d unreadable images, such as %s", len(paths), paths[0])
+
+
+def _classes(traced: fx.GraphModule) -> int:
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    return int(output.meta["value"].shape[-1])
+
+
+def _record(
+    config: Config,
+    subject: Subject,
+    evaluation: Images,
+    results: dict[str, Result],
+    comparison: Comparison | None,
+) -> dict[str, Any]:
+    """The content of results.json."""
+    record: dict[str, Any] = {
+        "model": {
+            "arch": subject.arch,
+            "weights": subject.weights,
+            "checkpoint_sha256": subject.checkpoint_sha256,
+        },
+        "evaluation": {
+            "dataset": evaluation.dataset.name,
+            "split": evaluation.dataset.split,
+            "images": next(iter(results.values())).images,
+            "skipped": len(evaluation.indices) - next(iter(results.values())).images,
+        },
+        "seed": config.run.seed,
+    }
+    record |= {name: result.as_dict() for name, result in results.items()}
+    if comparison is not None:
+        record |= comparison.as_dict()
+    return record
+
+
+def _finish(
+    config: Config, folder: Path, record: dict[str, Any], evaluation: Images, results: dict[str, Result]
+) -> None:
+    write_text(folder / RESULTS_FILE, json.dumps(_finite(record), indent=2) + "\n")
+    if config.run.save_predictions is not None:
+        path = _npz_path(config.run.save_predictions)
+        write_whole(path, lambda file: np.savez_compressed(file, **_predictions(evaluation, results)))
+        LOG.info("predictions: %s", path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such a number, as the SQNR of equal logits, becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _npz_path(path: Path) -> Path:
+    return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+
+
+def _predictions(evaluation: Images, results: dict[str, Result]) -> dict[str, Any]:
+    """Per image: path, label, and the prediction of each network."""
+    first = next(iter(results.values()))
+    assert first.indices is not None
+    arrays: dict[str, Any] = {
+        "path": np.array([evaluation.dataset.path_of(int(i)) for i in first.indices]),
+        "label": first.labels.numpy(),
+    }
+    return arrays | {f"{name}_prediction": r.predictions.numpy() for name, r in results.items()}

@@ -1,0 +1,243 @@
+"""The steps as functions on a network and batches: calibrate, quantize, evaluate, save, load.
+
+Batches are any iterable; a `transform` turns one item into a tensor of images, or into images and
+labels. Without it an item is a tensor, or a sequence whose first two entries are images and labels.
+None of the steps changes the caller's network.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from qtool.config import QuantizeConfig, check, layer_specs
+from qtool.errors import DataError, ModelError
+from qtool.graph.observe import observe
+from qtool.graph.trace import layers as traced_layers
+from qtool.graph.trace import trace
+from qtool.models import read_checkpoint
+from qtool.numerics.metrics import top_k_correct
+from qtool.numerics.spec import LayerSpec
+from qtool.observers.stats import ModelStats
+from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
+from qtool.quantizers.prepare import QuantizedModel, quantize_graph
+from qtool.report import Result
+from qtool.run_dir import write_whole
+
+Transform = Callable[[Any], Any]
+Network = TypeVar("Network", bound=nn.Module)
+EXAMPLE_IMAGES = 2
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    transform: Transform | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> ModelStats:
+    """Measure every layer's inputs and output while the batches run, in two passes over them.
+
+    Args:
+        model: any network that can be traced, or one that trace has given.
+        batches: images, (N, C, H, W) or whatever the network takes; an iterator is read into memory.
+        transform: from an item to images, see above.
+        device: where the network runs.
+        progress: whether to show a bar on stderr.
+
+    Raises:
+        DataError: if there are no batches.
+        StatsError: if a layer gives NaN or infinity.
+    """
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    traced = _evaluable(_traced_for(model, batches, transform), device)
+    with observe(traced) as observation, torch.no_grad():
+        for number in (1, 2):
+            if number == 2:
+                observation.start_second_pass()
+            for images, _ in _batches(batches, transform, progress and f"calibrating, pass {number} of 2"):
+                traced(images.to(device))
+        return observation.stats()
+
+
+def quantize(
+    model: nn.Module,
+    stats: ModelStats,
+    config: QuantizeConfig | None = None,
+    example: Tensor | None = None,
+) -> QuantizedModel:
+    """Quantize a network with static activation ranges.
+
+    Args:
+        model: a float network, or one that trace has given.
+        stats: from calibrate or read_stats, of the same network.
+        config: what is asked; None for the defaults (8 bits, symmetric, per tensor).
+        example: an input batch; None makes one of the shape that stats recorded.
+
+    Raises:
+        ConfigError: if a setting cannot be honoured.
+        StatsError: if a record that is needed is missing.
+        ModelError: if the network cannot be traced.
+    """
+    config = config or QuantizeConfig()
+    check(config)
+    traced = model if _is_traced(model) else trace(model, _example_for(stats, example))
+    return quantize_graph(traced, stats, specs_for(traced, config))
+
+
+def specs_for(traced: fx.GraphModule, config: QuantizeConfig) -> dict[str, LayerSpec]:
+    """What a configuration asks of every layer of a network.
+
+    Batch norms that will be folded are layers too: a pattern may name one, to no effect.
+    """
+    return layer_specs(config, [name for name, _, _ in traced_layers(traced)])
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    transform: Transform | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: str | None = None,
+) -> Result:
+    """Top-1, top-5 and loss of a network that gives logits (N, classes).
+
+    Args:
+        model: float or quantized.
+        batches: images with labels.
+        transform: from an item to images and labels, see above.
+        device: where the network runs.
+        progress: what to call the bar on stderr; None for no bar.
+
+    Raises:
+        DataError: if there are no batches, no labels, or labels that the network has no output for.
+    """
+    on_device = _evaluable(model, device)
+    labels, logits, indices = [], [], []
+    seconds = 0.0
+    with torch.no_grad():
+        for images, others in _batches(batches, transform, progress):
+            if not others:
+                raise DataError("evaluation needs labels: give batches of images and labels, or a transform")
+            start = time.perf_counter()
+            output = _as_logits(on_device(images.to(device))).cpu()
+            seconds += time.perf_counter() - start
+            labels.append(torch.as_tensor(others[0]).long())
+            logits.append(output.float())
+            indices += [torch.as_tensor(others[1])] if len(others) > 1 else []
+    return _summarize(torch.cat(labels), torch.cat(logits), seconds, torch.cat(indices) if indices else None)
+
+
+def _summarize(labels: Tensor, logits: Tensor, seconds: float, indices: Tensor | None) -> Result:
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise DataError(
+            f"label {int(labels.max())} has no output: the network has {logits.shape[1]}; "
+            "check the class list and the number of classes"
+        )
+    losses = F.cross_entropy(logits.double(), labels, reduction="none")
+    return Result(
+        top1=100 * float(top_k_correct(logits, labels, 1).double().mean()),
+        top5=100 * float(top_k_correct(logits, labels, 5).double().mean()),
+        loss=float(losses.mean()),
+        images=len(labels),
+        seconds=seconds,
+        labels=labels,
+        predictions=logits.argmax(dim=1),
+        logits=logits,
+        indices=indices,
+    )
+
+
+def save(model: QuantizedModel, path: Path, **model_info: Any) -> Path:
+    """Write a quantized network; model_info holds plain values to find its architecture again."""
+    return write_whole(path, lambda file: torch.save(to_checkpoint(model, **model_info), file))
+
+
+def load(path: Path, architecture: nn.Module, example: Tensor) -> QuantizedModel:
+    """Read a quantized network that save wrote.
+
+    Args:
+        path: the file.
+        architecture: the float network it was made from; its weights do not matter.
+        example: an input batch of the shape it takes.
+
+    Raises:
+        ModelError: if the file cannot be read, or is of another network.
+    """
+    try:
+        return from_checkpoint(read_checkpoint(path), architecture, example)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+
+
+def _batches(
+    batches: Iterable[Any], transform: Transform | None, progress: str | bool | None
+) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Images, and whatever came with them."""
+    count = 0
+    shown = tqdm(batches, desc=str(progress), unit="batch", leave=False, disable=None if progress else True)
+    for item in shown:
+        item = transform(item) if transform else item
+        images, others = (item, []) if isinstance(item, Tensor) else (item[0], list(item[1:]))
+        count += len(images)
+        yield images, others
+    if count == 0:
+        raise DataError("no images: the data set, or the part of it that was asked for, is empty")
+
+
+def _is_traced(model: nn.Module) -> bool:
+    return isinstance(model, fx.GraphModule) and any("layer" in n.meta for n in model.graph.nodes)
+
+
+def _traced_for(model: nn.Module, batches: Iterable[Any], transform: Transform | None) -> fx.GraphModule:
+    if _is_traced(model):
+        assert isinstance(model, fx.GraphModule)
+        return model
+    images, _ = next(_batches(batches, transform, None))
+    return trace(model, images[:EXAMPLE_IMAGES])
+
+
+def example_input(shape: Iterable[int]) -> Tensor:
+    """A batch of the same noise every time, for images of a shape (C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(EXAMPLE_IMAGES, *shape, generator=generator)
+
+
+def _example_for(stats: ModelStats, example: Tensor | None) -> Tensor:
+    if example is not None:
+        return example
+    shape = stats.input_shape()
+    if shape is None:
+        raise ModelError(f"{stats.source}: does not say the shape of the network's input; pass an example")
+    return example_input(shape[1:])
+
+
+def _evaluable(model: Network, device: str | torch.device) -> Network:
+    """The network in evaluation mode on a device; a copy if it is not so already."""
+    wanted = torch.device(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    if model.training or any(t.device.type != wanted.type for t in tensors):
+        model = copy.deepcopy(model).eval().to(wanted)
+    return model
+
+
+def _as_logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(f"the network gives {shape}; a classifier's logits of shape (N, classes) are wanted")
+    return output
+

@@ -1,0 +1,98 @@
+"""The folder a run writes. Every file lands whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from qtool.errors import OutputError
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Write a file beside its final place, then move it there; on any error nothing is left.
+
+    Args:
+        path: where the file is to be; an existing one is replaced.
+        write: is given the open binary file.
+
+    Raises:
+        OutputError: if the folder or the file cannot be written, or the disk is full.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            write(file)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private; the result follows the user's own settings.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise OutputError(f"{path}: cannot be written: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file whole, in UTF-8."""
+    return write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def make_run_dir(out_dir: Path, name: str | None = None) -> Path:
+    """A new folder `[name___]YYYY.MM.DD-HHMMSS` in out_dir; a number is added if there is one.
+
+    Raises:
+        OutputError: if it cannot be made.
+    """
+    stamp = time.strftime("%Y.%m.%d-%H%M%S")
+    base = f"{name}___{stamp}" if name else stamp
+    for attempt in range(1000):
+        path = out_dir / (base if attempt == 0 else f"{base}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if out_dir.is_dir():
+                continue
+            raise OutputError(f"{out_dir}: is a file; choose another folder with --out-dir") from None
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be made: {error.strerror}; choose another folder with --out-dir"
+            ) from error
+        return path
+    raise OutputError(f"{out_dir}: has too many runs of this second")
+
+
+@contextmanager
+def log_to(path: Path, logger: logging.Logger) -> Iterator[None]:
+    """Copy a logger's messages to a file while the `with` block runs.
+
+    Raises:
+        OutputError: if the file cannot be opened.
+    """
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

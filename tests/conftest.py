@@ -1,0 +1,78 @@
+"""What many tests share: small networks, their batches, and places to read and write."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+# No deadline, as torch's first call is slow; derandomized, so that a failure is the same for everyone.
+hypothesis.settings.register_profile("qtool", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("qtool")
+
+
+class TinyNet(nn.Module):
+    """conv-bn-relu, depthwise conv-bn-relu6, residual add, pooling, flatten, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu2 = nn.ReLU6()
+        self.pool = nn.AvgPool2d(2)
+        self.fc = nn.Linear(8 * 4 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = x + self.relu2(self.bn2(self.depthwise(x)))
+        x = torch.flatten(self.pool(x), 1)
+        return self.fc(x)
+
+
+@pytest.fixture
+def tiny_net() -> TinyNet:
+    """A seeded network in eval mode, (N, 3, 8, 8) -> (N, 10); its batch norms change x, its ReLU6 clips."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = TinyNet().eval()
+        for bn in (net.bn1, net.bn2):
+            nn.init.uniform_(bn.weight, 1.0, 4.0)
+            nn.init.normal_(bn.bias, std=2.0)
+            nn.init.normal_(bn.running_mean, std=0.5)
+            nn.init.uniform_(bn.running_var, 0.2, 2.0)
+    return net
+
+
+@pytest.fixture
+def tiny_batches() -> list[Tensor]:
+    """Three seeded batches for tiny_net, each (4, 3, 8, 8)."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+@pytest.fixture
+def chdir_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the working directory while the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and pretrained weights, which is not part of the repository."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("QTOOL_DATA") or default).absolute()
+    if not folder.is_dir():
+        pytest.skip("needs real images and weights: set QTOOL_DATA to the folder that holds them")
+    return folder
