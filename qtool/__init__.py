@@ -27,7 +27,7 @@ _HOMES = {
     "load_model": "models",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 (strings all the same)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            write(file)  # type: ignore[arg-type]
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; the result follows the user's own settings.

@@ -46,7 +46,11 @@ SEED_ROWS = [
     Row("sym per-channel avg", {"per_channel_weights": True, "clip_activations": "avg"}, 72.268),
     Row("sym per-channel avg except fc", {"per_channel_weights": True, **AVG_EXCEPT_FC}, 75.824),
     Row("asym_u", {"mode": "asym_u"}, 75.292),
-    Row("asym_u per-channel avg except fc", {"mode": "asym_u", "per_channel_weights": True, **AVG_EXCEPT_FC}, 75.986),
+    Row(
+        "asym_u per-channel avg except fc",
+        {"mode": "asym_u", "per_channel_weights": True, **AVG_EXCEPT_FC},
+        75.986,
+    ),
     Row("sym 6-bit", SIX, 36.124),
     Row("asym_u 6-bit", {"mode": "asym_u", **SIX}, 62.230),
     Row(
@@ -151,15 +155,17 @@ def report(known: dict[str, Any]) -> str:
         "",
         "Command: `QTOOL_DATA=... python scripts/seed_table.py benchmarks/`",
         "",
-        f"Calibrated on {CALIBRATION_IMAGES} images, evaluated on others: ImageNet networks on imagenet-sample and "
-        "all 1,000 images of imagenet-nips2017, CIFAR networks on train-5085 and all 1,017 images of test-1017. "
+        f"Calibrated on {CALIBRATION_IMAGES} images, evaluated on others: ImageNet networks on "
+        "imagenet-sample and all 1,000 images of imagenet-nips2017, CIFAR networks on train-5085 and "
+        "all 1,017 images of test-1017. "
         "Top-1 in percent; differences are paired over the same images, with their standard error.",
         "",
         NON_COMMERCIAL,
         "",
         "## The ten rows",
         "",
-        "Published: ResNet-50 on the 50,000 images of ImageNet's validation set, other weights of the same network.",
+        "Published: ResNet-50 on the 50,000 images of ImageNet's validation set, with other weights of the "
+        "same network.",
         "",
         head + " published | published difference |",
         "|---|---|---|---|---|---|---|---|",

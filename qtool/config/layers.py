@@ -40,7 +40,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     found = [name for name in names if expression.fullmatch(name)]
     if not found:
         raise ConfigError(
-            f"pattern {pattern!r}: matches no layer{nearest(pattern, names)}; 'qtool layers' lists their names"
+            f"pattern {pattern!r}: matches no layer{nearest(pattern, names)}; "
+            "'qtool layers' lists their names"
         )
     return found
 
@@ -74,7 +75,8 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
     widest = max(settings.bits_activations, settings.bits_weights)
     if settings.bits_accum < widest:
         raise ConfigError(
-            f"{where}--qe-bits-accum: {settings.bits_accum} bits are fewer than the {widest} of the values added up"
+            f"{where}--qe-bits-accum: {settings.bits_accum} bits are fewer than the {widest} "
+            "of the values added up"
         )
 
 

@@ -41,11 +41,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, body in tree.items():
         if section not in SECTIONS:
-            problems.append((lines.get((section,), 1), f"unknown section {section!r}{nearest(section, SECTIONS)}"))
+            problems.append(
+                (lines.get((section,), 1), f"unknown section {section!r}{nearest(section, SECTIONS)}")
+            )
         elif body is None:
             continue
         elif not isinstance(body, dict):
-            problems.append((lines.get((section,), 1), f"{section}: found {body!r}; a mapping of settings is wanted"))
+            problems.append(
+                (lines.get((section,), 1), f"{section}: found {body!r}; a mapping of settings is wanted")
+            )
         else:
             _read_section(section, body, path.parent, values[section], lines, problems)
     if problems:
@@ -78,7 +82,9 @@ def _note_lines(node: yaml.Node | None, prefix: tuple[str, ...], lines: Lines, p
         place = (*prefix, str(key.value))
         line = key.start_mark.line + 1
         if place in lines:
-            raise ConfigError(f"{path}:{line}: key {place[-1]!r} stands a second time; the first is in line {lines[place]}")
+            raise ConfigError(
+                f"{path}:{line}: key {place[-1]!r} stands a second time; the first is in line {lines[place]}"
+            )
         lines[place] = line
         _note_lines(value, place, lines, path)
 
@@ -105,12 +111,12 @@ def _read_section(
                 parsed = _convert(known[key], value)
                 values[key] = _beside(parsed, folder) if is_path(known[key]) else parsed
         except _Problem as problem:
-            problems.append((line, f"{section}.{key}: {problem}" if key in allowed else f"{section}: {problem}"))
+            problems.append(
+                (line, f"{section}.{key}: {problem}" if key in allowed else f"{section}: {problem}")
+            )
 
 
-def _read_overrides(
-    tree: Any, lines: Lines, problems: list[tuple[int, str]]
-) -> dict[str, dict[str, Any]]:
+def _read_overrides(tree: Any, lines: Lines, problems: list[tuple[int, str]]) -> dict[str, dict[str, Any]]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):

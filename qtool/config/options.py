@@ -40,8 +40,8 @@ class Option:
 
 def option(
     default: Any,
-    type: click.ParamType[Any],  # noqa: A002 (click's own name for it)
-    help: str,  # noqa: A002
+    type: click.ParamType[Any],
+    help: str,
     *flags: str,
     multiple: bool = False,
     metavar: str | None = None,
@@ -92,7 +92,9 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
     name = "c,h,w"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         parts = str(value).lower().replace("x", ",").split(",")

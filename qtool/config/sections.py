@@ -37,7 +37,10 @@ class ModelConfig:
         shown_default="the first published",
     )
     checkpoint: Path | None = option(
-        None, FILE, "Trained weights (a state_dict, or a file that holds one), or a quantized model.", "--checkpoint"
+        None,
+        FILE,
+        "Trained weights (a state_dict, or a file that holds one), or a quantized model.",
+        "--checkpoint",
     )
     num_classes: int | None = option(
         None, click.IntRange(1), "Outputs of the network.", "--num-classes", shown_default="the network's own"
@@ -82,7 +85,10 @@ class DataConfig:
         None, Numbers(), "Standard deviation of each channel.", "--std", shown_default="the model's own"
     )
     effective_test_size: float = option(
-        1.0, PositiveFloat(1.0), "Share of the evaluation images to use, chosen by seed.", "--effective-test-size"
+        1.0,
+        PositiveFloat(1.0),
+        "Share of the evaluation images to use, chosen by seed.",
+        "--effective-test-size",
     )
     skip_bad_images: bool = option(
         False, click.BOOL, "Leave unreadable images out and count them.", "--skip-bad-images"
@@ -102,9 +108,14 @@ class CalibrationConfig:
         "--fraction",
         shown_default="0.05 where there is no other set",
     )
-    calib_data: Path | None = option(None, FILE, "Calibrate on images of this folder or file.", "--calib-data")
+    calib_data: Path | None = option(
+        None, FILE, "Calibrate on images of this folder or file.", "--calib-data"
+    )
     calib_split: str | None = option(
-        None, click.STRING, "Calibrate on this part of DATA (or of --calib-data), such as train.", "--calib-split"
+        None,
+        click.STRING,
+        "Calibrate on this part of DATA (or of --calib-data), such as train.",
+        "--calib-split",
     )
     calib_samples: int | None = option(
         None, click.IntRange(1), "Calibrate on this many images.", "--calib-samples"
@@ -122,7 +133,12 @@ class QuantizeConfig:
         "sym", click.Choice(MODES), "Integer grid of weights and activations.", "--qe-mode", "--qem"
     )
     mode_activations: str | None = option(
-        None, click.Choice(MODES), "Grid of activations.", "--qe-mode-acts", "--qema", shown_default="--qe-mode"
+        None,
+        click.Choice(MODES),
+        "Grid of activations.",
+        "--qe-mode-acts",
+        "--qema",
+        shown_default="--qe-mode",
     )
     mode_weights: str | None = option(
         None, click.Choice(MODES), "Grid of weights.", "--qe-mode-wts", "--qemw", shown_default="--qe-mode"
@@ -144,7 +160,11 @@ class QuantizeConfig:
         "--qe-accum-dtype",
     )
     clip_activations: str = option(
-        "none", click.Choice(CLIP_MODES), "How the range of activations is chosen.", "--qe-clip-acts", "--qeca"
+        "none",
+        click.Choice(CLIP_MODES),
+        "How the range of activations is chosen.",
+        "--qe-clip-acts",
+        "--qeca",
     )
     clip_n_stds: float | None = option(
         None, PositiveFloat(), "Standard deviations that clip mode n_std keeps.", "--qe-clip-n-stds"
@@ -207,13 +227,21 @@ class RunConfig:
         Path("logs"), FILE, "Folder in which the run's own folder is made.", "-o", "--out-dir"
     )
     name: str | None = option(
-        None, click.STRING, "Name of the run; its folder starts with it.", "-n", "--name", shown_default="none"
+        None,
+        click.STRING,
+        "Name of the run; its folder starts with it.",
+        "-n",
+        "--name",
+        shown_default="none",
     )
     seed: int = option(0, click.IntRange(0, 2**32 - 1), "Chooses the calibration images.", "--seed")
     device: str = option("cpu", click.STRING, "Where the network runs: cpu, cuda, cuda:1.", "--device")
     skip_float: bool = option(False, click.BOOL, "Do not evaluate the float network.", "--skip-float")
     save_predictions: Path | None = option(
-        None, FILE, "Write path, label and predictions of every image to this .npz file.", "--save-predictions"
+        None,
+        FILE,
+        "Write path, label and predictions of every image to this .npz file.",
+        "--save-predictions",
     )
 
 

@@ -96,6 +96,7 @@ class Loader:
                     batch_sampler=self._batches,
                     num_workers=self._workers,
                     collate_fn=_collate,
+                    worker_init_fn=_ignore_interrupts,
                     generator=torch.Generator(),  # the default one would advance torch's global state
                 )
                 batches = iter(loader)
@@ -166,23 +167,32 @@ def _collate(samples: list[Sample | _BadImage]) -> _Collated:
 
 @contextmanager
 def _start_of_workers() -> Iterator[None]:
-    """Start processes that leave Ctrl-C to this one, and leave this one's signal handlers as they were.
+    """Start processes without being interrupted, and leave signal handlers as they were.
 
-    A blocked SIGINT is inherited; here it waits until the block ends. Torch installs a SIGCHLD handler
-    that raises wherever the program happens to be when a worker dies; without it, the iterator finds
-    out within seconds.
+    Ctrl-C waits until the block ends; workers forked in it take the waiting handler along. Torch
+    installs a SIGCHLD handler that raises wherever the program happens to be when a worker dies;
+    without it, the iterator finds out within seconds.
     """
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are fewer cores than workers, which is allowed
+    interrupts: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are fewer cores than workers, which is allowed
+        if threading.current_thread() is not threading.main_thread():  # only that one handles signals
             yield
-    finally:
-        if main:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            return
+        on_child = signal.getsignal(signal.SIGCHLD)
+        on_interrupt = signal.signal(signal.SIGINT, lambda number, _frame: interrupts.append(number))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, on_child)
+            signal.signal(signal.SIGINT, on_interrupt)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the one that the user started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the batch norm, by the edges of the graph. The outputs stay equal up to about 1e
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -94,17 +95,15 @@ def _can_fold(layer: nn.Module, node: fx.Node) -> bool:
     return op in ("conv", "conv_transpose", "linear") and len(readers(node)) == 1
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def _fold(layer: nn.Module, norm: Any) -> nn.Module:
     """A copy of layer that includes norm."""
-    merged = copy.copy(layer)
+    merged: Any = copy.copy(layer)
     merged._parameters = dict(layer._parameters)
-    weight = output_channels_first(layer)
-    weight, bias = fold_weights(
-        weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
-    )
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weight, bias = fold_weights(output_channels_first(layer), merged.bias, *statistics)
     merged.weight = nn.Parameter(restore_layout(weight, layer), requires_grad=False)
     merged.bias = nn.Parameter(bias, requires_grad=False)
-    return merged
+    return merged  # type: ignore[no-any-return]
 
 
 def output_channels_first(layer: nn.Module) -> Tensor:
@@ -119,7 +118,9 @@ def output_channels_first(layer: nn.Module) -> Tensor:
         return weight
     groups = layer.groups
     assert isinstance(groups, int)
-    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])  # (G, C_in/G, C_out/G, ...)
+    grouped = weight.reshape(
+        groups, weight.shape[0] // groups, *weight.shape[1:]
+    )  # (G, C_in/G, C_out/G, ...)
     return grouped.transpose(1, 2).flatten(0, 1)  # (C_out, C_in/G, ...)
 
 
@@ -129,7 +130,9 @@ def restore_layout(weight: Tensor, layer: nn.Module) -> Tensor:
         return weight
     groups = layer.groups
     assert isinstance(groups, int)
-    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])  # (G, C_out/G, C_in/G, ...)
+    grouped = weight.reshape(
+        groups, weight.shape[0] // groups, *weight.shape[1:]
+    )  # (G, C_out/G, C_in/G, ...)
     return grouped.transpose(1, 2).flatten(0, 1).contiguous()
 
 

@@ -112,4 +112,3 @@ def fused_activations(traced: fx.GraphModule, quantized: set[str]) -> dict[str, 
         if following is not None and following[0] in FUSIBLE and "layer" in following[1].meta:
             fused[name] = (following[1].meta["layer"], following[0])
     return fused
-

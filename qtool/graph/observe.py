@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qtool.errors import StatsError
 from qtool.graph import ops
-from qtool.graph.trace import layers, tensor_inputs
+from qtool.graph.trace import float_tensors, layers, tensor_inputs
 from qtool.observers.moments import MomentsObserver
 from qtool.observers.stats import LayerStats, ModelStats
 
@@ -57,7 +57,9 @@ def observe(traced: fx.GraphModule) -> Iterator[Observation]:
     produced = {node for _, node, _ in layers(traced) if ops.is_float_tensor(node.meta["value"])}
     try:
         for name, node, module in layers(traced):
-            fresh = [(i, s) for i, s in enumerate(tensor_inputs(node)) if s not in produced and s not in observers]
+            fresh = [
+                (i, s) for i, s in enumerate(tensor_inputs(node)) if s not in produced and s not in observers
+            ]
             for _, source in fresh:
                 observers[source] = MomentsObserver()
             if fresh:
@@ -75,10 +77,7 @@ def _watch_inputs(
     name: str, module: nn.Module, observers: list[tuple[int, MomentsObserver]]
 ) -> RemovableHandle:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors: list[Tensor] = []
-        fx.node.map_aggregate(
-            (args, kwargs), lambda v: tensors.append(v) if ops.is_float_tensor(v) else None
-        )
+        tensors = float_tensors((args, kwargs))
         for index, observer in observers:
             _update(observer, tensors[index], f"the input {index} of layer {name!r}")
 

@@ -181,4 +181,3 @@ def as_function(node: fx.Node) -> Callable[..., Any]:
 def is_float_tensor(value: object) -> bool:
     """Whether a value is a tensor of floats."""
     return isinstance(value, Tensor) and value.is_floating_point()
-

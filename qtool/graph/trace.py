@@ -251,13 +251,13 @@ def _as_module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module:
     for key in ("_forward_hooks", "_forward_pre_hooks"):
         object.__setattr__(module, key, copy.copy(getattr(module, key)))
     if getattr(module, "inplace", False) is True:
-        module.inplace = False
+        object.__setattr__(module, "inplace", False)
     return module
 
 
 def _check_same(expected: Any, found: Any) -> None:
     """Tracing freezes what Python decided on the example; the outputs must agree."""
-    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    pairs = zip(float_tensors(expected), float_tensors(found), strict=True)
     for a, b in pairs:
         tolerance = TRACE_TOLERANCE * float(a.abs().max()) if a.numel() else 0.0
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
@@ -267,7 +267,10 @@ def _check_same(expected: Any, found: Any) -> None:
             )
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    fx.node.map_aggregate(value, lambda v: found.append(v) if isinstance(v, Tensor) else None)
-    return found
+def float_tensors(value: Any) -> list[Tensor]:
+    """All tensors of floats in a nest of tuples, lists and dicts, in order."""
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in float_tensors(item)]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in float_tensors(item)]
+    return [value] if ops.is_float_tensor(value) else []

@@ -45,7 +45,7 @@ def qparams_from_range(
         >>> round(q.scale.item(), 6), int(q.zero_point)
         (0.011765, -43)
     """
-    x_min, x_max = torch.broadcast_tensors(x_min.float(), x_max.float())
+    x_min, x_max = x_min.float(), x_max.float()
     if not bool(torch.isfinite(x_min).all() and torch.isfinite(x_max).all()):
         raise ValueError("x_min and x_max must be finite")
     if bool((x_min > x_max).any()):

@@ -152,7 +152,7 @@ def read_stats(path: Path) -> ModelStats:
             malformed records are reported together (the first few), each by layer and field.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a safe loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise StatsError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

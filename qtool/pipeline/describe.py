@@ -61,7 +61,9 @@ def layer_table(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> str:
     folded = fold_batch_norms(traced)
     nodes = {name: node for name, node, _ in layers(folded.traced)}
     quantized = {n for n, node in nodes.items() if quantizes_output(node, specs.get(n))}
-    fused = {activation: name for name, (activation, _) in fused_activations(folded.traced, quantized).items()}
+    fused = {
+        activation: name for name, (activation, _) in fused_activations(folded.traced, quantized).items()
+    }
     rows = [("layer", "operation", "output", "quantization")]
     for name, node, _ in layers(traced):
         if name in folded.pairs:
@@ -84,7 +86,9 @@ def _treatment(node: fx.Node, spec: LayerSpec | None) -> str:
     if kind == plans.FLOAT or spec is None:
         return f"float ({note})"
     weight, output = spec.weight, spec.output
-    parts = [f"weights {_grid_name(weight)}"] if weight and kind in _WITH_WEIGHTS and _has_weight(node) else []
+    parts = (
+        [f"weights {_grid_name(weight)}"] if weight and kind in _WITH_WEIGHTS and _has_weight(node) else []
+    )
     if output is not None and kind in (plans.INTEGER, plans.FAKE):
         clip = "" if spec.clip.mode == "none" else f" clipped by {spec.clip.mode}"
         parts.append(f"output {_grid_name(output)}{clip}")

@@ -60,7 +60,9 @@ class Subject:
         with torch.no_grad():
             output = self.network(example_input(self.input_shape))
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
-            raise ModelError(f"{self.arch}: does not give logits of shape (N, classes); qtool evaluates classifiers")
+            raise ModelError(
+                f"{self.arch}: does not give logits of shape (N, classes); qtool evaluates classifiers"
+            )
         return int(output.shape[1])
 
 
@@ -91,7 +93,9 @@ def open_subject(config: Config) -> Subject:
         assert asked.checkpoint is not None
         return _open_quantized(config, content, asked.checkpoint)
     if asked.arch is None and asked.checkpoint is not None:
-        raise ConfigError(f"--arch: {asked.checkpoint} holds weights only; say with -a which network they are of")
+        raise ConfigError(
+            f"--arch: {asked.checkpoint} holds weights only; say with -a which network they are of"
+        )
     loaded = load_model(
         asked.arch,
         pretrained=asked.pretrained,
@@ -102,12 +106,12 @@ def open_subject(config: Config) -> Subject:
         seed=config.run.seed,
     )
     if loaded.weights.startswith("random"):
-        LOG.warning("%s has %s; give --pretrained or --checkpoint for trained ones", loaded.arch, loaded.weights)
+        LOG.warning(
+            "%s has %s; give --pretrained or --checkpoint for trained ones", loaded.arch, loaded.weights
+        )
     preprocessing = _preprocessing(config, loaded)
     shape = _image_shape(loaded.input_shape, preprocessing)
-    return Subject(
-        loaded.model, loaded.arch, loaded.weights, shape, preprocessing, loaded.checkpoint_sha256
-    )
+    return Subject(loaded.model, loaded.arch, loaded.weights, shape, preprocessing, loaded.checkpoint_sha256)
 
 
 def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subject:
@@ -118,7 +122,9 @@ def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subj
         raise ModelError(f"{path}: does not name its network; say with -a which one it is")
     from_file = ".py:" in arch
     if from_file and config.model.arch is None:
-        raise ModelError(f"{path}: its network is defined in {arch}; name that file with -a to allow running it")
+        raise ModelError(
+            f"{path}: its network is defined in {arch}; name that file with -a to allow running it"
+        )
     shape = tuple(info.get("input_shape", ())) or config.model.input_shape
     classes = config.model.num_classes if from_file else info.get("num_outputs")
     loaded = load_model(arch, num_classes=classes, input_shape=shape)
@@ -143,7 +149,9 @@ def model_info(subject: Subject, num_outputs: int) -> dict[str, Any]:
         "arch": subject.arch,
         "num_outputs": num_outputs,
         "input_shape": list(subject.input_shape),
-        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(subject.preprocessing).items()},
+        "preprocessing": {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(subject.preprocessing).items()
+        },
     }
 
 
@@ -197,7 +205,8 @@ def open_evaluation(config: Config, subject: Subject) -> Images:
     data = config.data
     if data.path is None and data.dataset in (None, "digits") and subject.arch != DEFAULT_ARCH:
         raise DataError(
-            f"DATA: {subject.arch} needs images; name a folder or file, as in 'qtool quantize -a {subject.arch} DATA'"
+            f"DATA: {subject.arch} needs images; name a folder or file, "
+            f"as in 'qtool quantize -a {subject.arch} DATA'"
         )
     dataset = _open(config, data.path, data.dataset, data.split or "evaluation", subject, data.classes)
     check_outputs(dataset, subject.num_outputs())
@@ -217,7 +226,9 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
     """
     asked, data = config.calibration, config.data
     if asked.fraction is not None and asked.calib_samples is not None:
-        raise ConfigError("--fraction and --calib-samples both say how many images calibrate; give one of them")
+        raise ConfigError(
+            "--fraction and --calib-samples both say how many images calibrate; give one of them"
+        )
     fraction, samples = asked.fraction, asked.calib_samples
     from_evaluation = False
     if asked.calib_data is not None:

@@ -106,7 +106,11 @@ def quantize(config: Config) -> Outcome:
         record["calibration"] = (
             {"stats_file": str(config.quantizers.stats_file)}
             if calibration is None
-            else {"images": len(calibration.indices), "dataset": calibration.dataset.name, "overlap": overlapping}
+            else {
+                "images": len(calibration.indices),
+                "dataset": calibration.dataset.name,
+                "overlap": overlapping,
+            }
         )
         _finish(config, folder, record, evaluation, results)
     text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"

@@ -90,7 +90,7 @@ def quantize(
     """
     config = config or QuantizeConfig()
     check(config)
-    traced = model if _is_traced(model) else trace(model, _example_for(stats, example))
+    traced = _as_traced(model) or trace(model, _example_for(stats, example))
     return quantize_graph(traced, stats, specs_for(traced, config))
 
 
@@ -195,16 +195,19 @@ def _batches(
         raise DataError("no images: the data set, or the part of it that was asked for, is empty")
 
 
-def _is_traced(model: nn.Module) -> bool:
-    return isinstance(model, fx.GraphModule) and any("layer" in n.meta for n in model.graph.nodes)
+def _as_traced(model: nn.Module) -> fx.GraphModule | None:
+    """The network itself if trace has given it."""
+    if isinstance(model, fx.GraphModule) and any("layer" in n.meta for n in model.graph.nodes):
+        return model
+    return None
 
 
 def _traced_for(model: nn.Module, batches: Iterable[Any], transform: Transform | None) -> fx.GraphModule:
-    if _is_traced(model):
-        assert isinstance(model, fx.GraphModule)
-        return model
-    images, _ = next(_batches(batches, transform, None))
-    return trace(model, images[:EXAMPLE_IMAGES])
+    traced = _as_traced(model)
+    if traced is None:
+        images, _ = next(_batches(batches, transform, None))
+        traced = trace(model, images[:EXAMPLE_IMAGES])
+    return traced
 
 
 def example_input(shape: Iterable[int]) -> Tensor:
@@ -240,4 +243,3 @@ def _as_logits(output: Any) -> Tensor:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(f"the network gives {shape}; a classifier's logits of shape (N, classes) are wanted")
     return output
-

@@ -40,7 +40,9 @@ def to_checkpoint(model: QuantizedModel, **model_info: Any) -> dict[str, Any]:
     """
     # The weights of a weights-only layer follow from its integers.
     derived = tuple(f"{n}." for n, layer in model.plan.layers.items() if layer.kind == plans.WEIGHTS_ONLY)
-    state = {k: v.cpu() for k, v in model.network.state_dict().items() if not k.startswith(derived or ("\0",))}
+    state = {
+        k: v.cpu() for k, v in model.network.state_dict().items() if not k.startswith(derived or ("\0",))
+    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -77,13 +79,16 @@ def from_checkpoint(content: dict[str, Any], architecture: nn.Module, example: T
     if names != set(plan.layers):
         different = sorted(names ^ set(plan.layers))
         raise ModelError(
-            f"a quantized model of another network: {len(different)} layer names differ, such as {different[0]!r}"
+            f"a quantized model of another network: {len(different)} layer names differ, "
+            f"such as {different[0]!r}"
         )
     try:
         model = build(folded, plan)
         missing, unexpected = model.network.load_state_dict(content["float_state"], strict=False)
     except (RuntimeError, KeyError, TypeError, AssertionError) as error:
-        raise ModelError(f"a quantized model of another network: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(
+            f"a quantized model of another network: {' '.join(str(error).split())[:200]}"
+        ) from error
     derived = tuple(f"{n}." for n, layer in plan.layers.items() if layer.kind == plans.WEIGHTS_ONLY)
     missing = [key for key in missing if not key.startswith(derived or ("\0",))]
     if missing or unexpected:

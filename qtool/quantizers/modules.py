@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtool.numerics.affine import approximate_multiplier, along_axis, dequantize_centered, quantize_centered
+from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize_centered, quantize_centered
 from qtool.numerics.spec import QParams
 
 ACTIVATION_LIMITS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
@@ -176,7 +176,7 @@ def weighted_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     function: Any = next(f for base, f in transposed.items() if isinstance(layer, base))
     keys = ("stride", "padding", "output_padding", "groups", "dilation")
     settings = {key: getattr(layer, key) for key in keys}
-    return lambda x, weight: function(x, weight, None, **settings)  # type: ignore[no-any-return]
+    return lambda x, weight: function(x, weight, None, **settings)
 
 
 def _without_parameters(layer: Any) -> Any:

@@ -130,9 +130,7 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
 class _Planner:
     """Walks the layers in the order of execution; grids holds the grid of every value so far."""
 
-    def __init__(
-        self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
-    ) -> None:
+    def __init__(self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> None:
         self.traced = traced
         self.specs = specs
         quantized = {n for n, node, _ in layers(traced) if quantizes_output(node, specs.get(n))}
@@ -202,9 +200,7 @@ class _Planner:
             scale_approx_bits=spec.scale_approx_bits,
         )
 
-    def _plan_weights_only(
-        self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec
-    ) -> LayerPlan:
+    def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
         weight, weight_q = quantize_weight(name, module, spec.weight)
         bias = getattr(module, "bias", None)
@@ -345,7 +341,8 @@ def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:
     """A bias that went through a symmetric grid of its own, accum_bits wide."""
     v = bias.double().abs().max()
     steps_per_unit = (2**accum_bits - 1) / 2 / (v if float(v) else 1.0)
-    return (quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit).to(bias.dtype)
+    values: Tensor = quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit
+    return values.to(bias.dtype)
 
 
 def weight_values(plan: LayerPlan) -> Tensor:

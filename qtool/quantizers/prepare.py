@@ -21,8 +21,8 @@ from qtool.quantizers.modules import (
     QuantAdd,
     QuantCat,
     QuantEmbedding,
-    QuantProduct,
     Quantize,
+    QuantProduct,
     QuantWeighted,
     Requantize,
 )
