@@ -43,11 +43,37 @@ class QtoolCommand(click.Command):
         except (KeyboardInterrupt, click.Abort) as error:
             click.echo("interrupted: files that were not finished have not been written", err=True)
             raise SystemExit(1) from error
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             click.echo("error: out of memory; try a smaller --batch-size", err=True)
             raise SystemExit(1) from error
         finally:
             LOG.removeHandler(handler)
+
+
+class QtoolGroup(click.Group):
+    """The commands; an output that the system refuses, help included, is one message."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'stdout'}: {error.strerror or error}", err=True)
+            raise SystemExit(1) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python or torch, whose error is a RuntimeError, that got no memory."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def _print(text: str) -> None:
+    """Write results to stdout; what its encoding lacks, such as a byte in a file name, is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 _HEADINGS = {name: str(cls.__doc__) for cls in SECTIONS.values() for name, _, _ in options_of(cls)}
@@ -56,8 +82,9 @@ _HEADINGS = {name: str(cls.__doc__) for cls in SECTIONS.values() for name, _, _ 
 def _log_to_stderr() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
     LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.DEBUG)  # the log of a run has more
     LOG.propagate = False
     return handler
 
@@ -70,7 +97,8 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
         for name, default, opt in reversed(described):
             if not opt.flags:
                 continue
-            shown = opt.shown_default or (None if default in (None, (), False) else str(default))
+            has_default = not (default is None or default is False or default == ())
+            shown = opt.shown_default or (str(default) if has_default else None)
             command = click.option(
                 *opt.flags,
                 name,
@@ -100,7 +128,9 @@ def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
     return load_config(config_file, **flags)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=QtoolGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="qtool")
 def main() -> None:
     """Quantize a trained PyTorch network, see what it cost, and keep the result.
@@ -125,7 +155,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     """
     from qtool.pipeline import runs
 
-    click.echo(runs.calibrate(_config(config_file, flags)).text)
+    _print(runs.calibrate(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -140,7 +170,7 @@ def quantize(config_file: Path | None, **flags: Any) -> None:
     """
     from qtool.pipeline import runs
 
-    click.echo(runs.quantize(_config(config_file, flags)).text)
+    _print(runs.quantize(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -155,7 +185,7 @@ def evaluate(config_file: Path | None, **flags: Any) -> None:
     """
     from qtool.pipeline import runs
 
-    click.echo(runs.evaluate(_config(config_file, flags)).text)
+    _print(runs.evaluate(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -169,4 +199,4 @@ def layers(config_file: Path | None, **flags: Any) -> None:
     """
     from qtool.pipeline import runs
 
-    click.echo(runs.list_layers(_config(config_file, flags)))
+    _print(runs.list_layers(_config(config_file, flags)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -78,6 +79,21 @@ def make_run_dir(out_dir: Path, name: str | None = None) -> Path:
     raise OutputError(f"{out_dir}: has too many runs of this second")
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written ends the run, in place of a traceback for every message."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._path = path
+        self.setFormatter(logging.Formatter(LOG_FORMAT))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+
+
 @contextmanager
 def log_to(path: Path, logger: logging.Logger) -> Iterator[None]:
     """Copy a logger's messages to a file while the `with` block runs.
@@ -86,13 +102,13 @@ def log_to(path: Path, logger: logging.Logger) -> Iterator[None]:
         OutputError: if the file cannot be opened.
     """
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of a disk that is full, which has been reported
+            handler.close()

@@ -18,8 +18,8 @@ from qtool.models.archs import DIGITS_PREPROCESSING
 from qtool.models.digits import DigitsResNet
 
 QTOOL = Path(__file__).parents[1] / "qtool"
-# The best of a few seeds and settings by test accuracy, which is therefore somewhat flattering.
-SEED = 1
+# The first seed; no seed was chosen by its accuracy.
+SEED = 0
 EPOCHS, BATCH_SIZE, MAX_LEARNING_RATE = 60, 32, 0.01
 
 

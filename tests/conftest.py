@@ -1,12 +1,13 @@
 """What many tests share: small networks, their batches, and places to read and write."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 # No deadline, as torch's first call is slow; derandomized, so that a failure is the same for everyone.
@@ -59,6 +60,18 @@ def tiny_batches() -> list[Tensor]:
 @pytest.fixture
 def runner() -> CliRunner:
     return CliRunner()
+
+
+@pytest.fixture
+def run_cli(runner: CliRunner, chdir_tmp: Path) -> Callable[..., Result]:
+    """Run a command in an empty folder: run_cli("layers", "-a", path) -> exit_code, stdout, stderr."""
+
+    def run(*args: object) -> Result:
+        from qtool.cli import main
+
+        return runner.invoke(main, [str(arg) for arg in args], prog_name="qtool")
+
+    return run
 
 
 @pytest.fixture

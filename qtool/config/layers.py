@@ -35,7 +35,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         return [pattern]
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"pattern {pattern!r}: not a regular expression: {error}") from error
     found = [name for name in names if expression.fullmatch(name)]
     if not found:

@@ -10,11 +10,14 @@ from typing import Any
 import click
 import yaml
 
-from qtool.config.options import Option, is_path, options_of
+from qtool.config.options import Numbers, Option, Shape, is_path, options_of
 from qtool.config.sections import OVERRIDABLE, SECTIONS, Config
 from qtool.errors import ConfigError, nearest
 
 Lines = dict[tuple[str, ...], int]
+
+# Where null is Distiller's spelling of "stays in float".
+BITS = ("bits_activations", "bits_weights")
 
 
 def load_config(path: Path | None = None, /, **flags: Any) -> Config:
@@ -68,7 +71,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file; a YAML file is wanted") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # A wrong tag, such as `!!int ""`, ends in a LookupError or AttributeError.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: found {type(tree).__name__}; sections {', '.join(SECTIONS)} are wanted")
@@ -101,6 +105,7 @@ def _read_section(
     allowed = [f.name for f in fields(SECTIONS[section])]
     for raw_key, value in body.items():
         key = str(raw_key)
+        value = 0 if value is None and key in BITS else value
         line = lines.get((section, key), 1)
         try:
             if key == "overrides" and "overrides" in allowed:
@@ -122,6 +127,7 @@ def _read_overrides(tree: Any, lines: Lines, problems: list[tuple[int, str]]) ->
     if not isinstance(tree, dict):
         raise _Problem(f"found {type(tree).__name__}; a mapping of layer patterns to settings is wanted")
     known = {n: d for n, _, d in options_of(SECTIONS["quantizers"]) if n in OVERRIDABLE}
+    nullable = {n for n, default, _ in options_of(SECTIONS["quantizers"]) if default is None}
     found: dict[str, dict[str, Any]] = {}
     for pattern, settings in ((str(k), v) for k, v in tree.items()):
         where = ("quantizers", "overrides", pattern)
@@ -130,20 +136,18 @@ def _read_overrides(tree: Any, lines: Lines, problems: list[tuple[int, str]]) ->
             continue
         found[pattern] = {}
         for key, value in ((str(k), v) for k, v in settings.items()):
+            value = 0 if value is None and key in BITS else value
             try:
                 if key not in known:
                     raise _Problem(f"unknown key {key!r}{nearest(key, known)}")
-                found[pattern][key] = _convert_override(key, known[key], value)
+                if value is not None:
+                    found[pattern][key] = _convert(known[key], value)
+                elif key in nullable:
+                    found[pattern][key] = None
             except _Problem as problem:
                 at = f"overrides.{pattern}.{key}" if key in known else f"overrides.{pattern}"
                 problems.append((lines.get((*where, key), 1), f"{at}: {problem}"))
     return found
-
-
-def _convert_override(key: str, described: Option, value: Any) -> Any:
-    if value is None:
-        return 0 if key in ("bits_activations", "bits_weights") else None
-    return _convert(described, value)
 
 
 class _Problem(Exception):
@@ -155,7 +159,7 @@ def _convert(described: Option, value: Any) -> Any:
     if described.multiple:
         items: Iterable[Any] = value if isinstance(value, list) else [value]
         return tuple(str(_convert_text(described, item)) for item in items)
-    if isinstance(value, list):
+    if isinstance(value, list) and isinstance(described.type, Numbers | Shape):
         value = ",".join(str(item) for item in value)
     return _convert_text(described, value)
 
@@ -164,17 +168,22 @@ def _convert_text(described: Option, value: Any) -> Any:
     if described.is_flag != isinstance(value, bool):
         wanted = "true or false" if described.is_flag else f"a value ({described.type.name})"
         raise _Problem(f"found {value!r}; {wanted} is wanted")
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | set | bytes):
         raise _Problem(f"found {type(value).__name__}; a single value is wanted")
     try:
         return described.type.convert(value if described.is_flag else str(value), None, None)
     except click.BadParameter as error:
         raise _Problem(error.message) from error
+    except ValueError as error:  # a path with a NUL character, a number of thousands of digits
+        raise _Problem(f"cannot be used: {error}") from error
 
 
 def _beside(path: Path, folder: Path) -> Path:
     """A relative path is looked up beside the YAML file, then in the working directory."""
-    return folder / path if not path.is_absolute() and (folder / path).exists() else path
+    try:
+        return folder / path if not path.is_absolute() and (folder / path).exists() else path
+    except OSError:  # a name too long; whoever opens the file says so
+        return path
 
 
 def dump_config(config: Config) -> str:

@@ -174,7 +174,7 @@ class QuantizeConfig:
     )
     scale_approx_bits: int | None = option(
         None,
-        click.IntRange(1, 32),
+        click.IntRange(2, 32),
         "Replace scales by an integer of this many bits and a shift.",
         "--qe-scale-approx-bits",
         "--qesab",

@@ -61,7 +61,9 @@ def following_op(node: fx.Node) -> tuple[str, fx.Node] | None:
     op: str = reader.meta["op"]
     if op not in ops.SPLITS:
         return op, reader
-    parts = [r for item in reader.users for r in readers(item)]
+    parts: list[fx.Node] = []
+    for user in reader.users:
+        parts += readers(user) if user.meta["op"] == "getitem" else [user]
     kinds = {part.meta["op"] for part in parts}
     if kinds in ({"relu"}, {"tanh"}):
         return kinds.pop(), reader

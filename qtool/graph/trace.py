@@ -13,6 +13,7 @@ import inspect
 import linecache
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qtool.graph import ops
 LEAF_CLASSES = (StochasticDepth, FrozenBatchNorm2d, DeformConv2d)
 # How far the traced network may be from the original on the example, relative to the largest output.
 TRACE_TOLERANCE = 1e-4
+_TORCH = Path(torch.__file__).parent
 
 
 class LayerTracer(fx.Tracer):
@@ -114,7 +116,7 @@ def _one_line(error: BaseException) -> str:
 def _why_untraceable(error: Exception) -> str:
     """Name the line of the user's code at which tracing gave up."""
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    own = [f for f in frames if "/torch/" not in f.filename and "/qtool/" not in f.filename]
+    own = [f for f in frames if not Path(f.filename).is_relative_to(_TORCH) and f.filename != __file__]
     where = ""
     if own:
         line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
@@ -259,7 +261,8 @@ def _check_same(expected: Any, found: Any) -> None:
     """Tracing freezes what Python decided on the example; the outputs must agree."""
     pairs = zip(float_tensors(expected), float_tensors(found), strict=True)
     for a, b in pairs:
-        tolerance = TRACE_TOLERANCE * float(a.abs().max()) if a.numel() else 0.0
+        finite = a[a.isfinite()]
+        tolerance = TRACE_TOLERANCE * float(finite.abs().max()) if finite.numel() else 0.0
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
             raise ModelError(
                 "the traced network computes something else than the original on the same input; "

@@ -103,7 +103,7 @@ def _check_is_file(path: Path) -> None:
 def _why_unreadable(error: Exception) -> str:
     text = str(error)
     save_plain = "load it in the program that wrote it, and save its plain state_dict()"
-    if wanted := re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", text):
+    if wanted := re.search(r"unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", text, re.IGNORECASE):
         return f"needs the class {wanted[1]}, and so would run code of its own; {save_plain}"
     if "TorchScript" in text:
         return f"is a TorchScript program; {save_plain}"

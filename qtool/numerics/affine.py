@@ -22,7 +22,8 @@ def qparams_from_range(
     """Choose the scale and zero_point that map [x_min, x_max] onto spec's grid.
 
     Zero is always inside the range, so padding and ReLU stay exact. A range without extent
-    gets scale 1, with which everything in it is exact.
+    gets scale 1, with which everything in it is exact. So does one narrower than about 1e-33,
+    whose steps float32 cannot hold; everything in it becomes zero.
 
     Args:
         x_min: smallest value to represent, shape () or (C,), units of x.
@@ -46,8 +47,9 @@ def qparams_from_range(
         (0.011765, -43)
     """
     x_min, x_max = x_min.float(), x_max.float()
-    if not bool(torch.isfinite(x_min).all() and torch.isfinite(x_max).all()):
-        raise ValueError("x_min and x_max must be finite")
+    if not bool(torch.isfinite(x_max - x_min).all()):
+        low, high = x_min.min().item(), x_max.max().item()
+        raise ValueError(f"x_min and x_max must be finite, and so their distance, found {low:g} and {high:g}")
     if bool((x_min > x_max).any()):
         worst = int((x_min - x_max).argmax())
         low, high = x_min.reshape(-1)[worst].item(), x_max.reshape(-1)[worst].item()
@@ -62,16 +64,20 @@ def _symmetric(x_min: Tensor, x_max: Tensor, spec: QuantSpec) -> tuple[Tensor, T
     """Steps per unit of x, and zero points, of a range [-v, v]."""
     v = torch.maximum(x_min.abs(), x_max.abs())
     steps = spec.quant_max if spec.narrow_range else (2**spec.num_bits - 1) / 2
-    return steps / torch.where(v == 0, steps, v), torch.zeros_like(v)
+    return _steps_per_unit(steps, v), torch.zeros_like(v)
 
 
 def _asymmetric(x_min: Tensor, x_max: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Steps per unit of x, and zero points, of a range [x_min, x_max] widened to hold zero."""
     low, high = x_min.clamp(max=0), x_max.clamp(min=0)
-    extent = high - low
-    steps = 2**spec.num_bits - 1
-    steps_per_unit = steps / torch.where(extent == 0, steps, extent)
+    steps_per_unit = _steps_per_unit(2**spec.num_bits - 1, high - low)
     return steps_per_unit, spec.quant_min - torch.round(steps_per_unit * low)
+
+
+def _steps_per_unit(steps: float, extent: Tensor) -> Tensor:
+    """steps / extent; 1 where there is no extent, or so little that the scale would be no normal float32."""
+    quotient = steps / extent
+    return torch.where(quotient.abs() <= 2.0**126, quotient, 1.0)  # -0.0 gives -inf
 
 
 def approximate_multiplier(multiplier: Tensor, num_bits: int) -> Tensor:
@@ -82,14 +88,20 @@ def approximate_multiplier(multiplier: Tensor, num_bits: int) -> Tensor:
 
     Args:
         multiplier: positive, any shape.
-        num_bits: width of the integer, at least 1.
+        num_bits: width of the integer, at least 2: with one bit the formula can give 0.
+
+    Raises:
+        ValueError: if num_bits is below 2.
+
+    Reference:
+        Jacob et al. 2018, arXiv:1712.05877, section 2.2.
 
     Example:
         >>> approximate_multiplier(torch.tensor(0.3), 8).item()
         0.298828125
     """
-    if num_bits < 1:
-        raise ValueError(f"num_bits of a multiplier must be at least 1, found {num_bits}")
+    if num_bits < 2:
+        raise ValueError(f"num_bits of a multiplier must be at least 2, found {num_bits}")
     exact = multiplier.double()
     power = torch.exp2(torch.floor(torch.log2((2**num_bits - 1) / exact)))
     return (torch.floor(exact * power) / power).to(multiplier.dtype)

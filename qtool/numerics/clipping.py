@@ -143,14 +143,15 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
         return rows.amin(dim=1), rows.amax(dim=1)
     if clip is None or mode == "none":
         return x.min(), x.max()
-    return choose_range(LiveStats(x), spec, clip)
+    num_rows = x.shape[0] if mode == "avg" and x.dim() else 1
+    return choose_range(LiveStats(x, num_rows), spec, clip)
 
 
 class LiveStats:
-    """The fields of RangeStats, measured on one tensor; averages are over its axis 0."""
+    """The fields of RangeStats, measured on one tensor; averages are over num_rows equal parts."""
 
-    def __init__(self, x: Tensor) -> None:
-        rows = x.detach().reshape(x.shape[0], -1) if x.dim() else x.reshape(1, 1)
+    def __init__(self, x: Tensor, num_rows: int) -> None:
+        rows = x.detach().reshape(num_rows, -1)
         self.min, self.max = float(x.min()), float(x.max())
         self.avg_min = float(rows.amin(dim=1).mean())
         self.avg_max = float(rows.amax(dim=1).mean())

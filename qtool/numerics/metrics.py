@@ -33,7 +33,7 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
     """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - x_hat)^2), in dB.
 
     Returns:
-        inf when there is no noise, -inf when there is noise and no signal.
+        inf when there is no noise, -inf when there is noise and no signal, or infinite noise.
 
     Example:
         >>> round(sqnr_db(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.0])), 3)
@@ -43,7 +43,8 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
     noise = float((x.double() - x_hat.double()).square().sum())
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio != 0 else -math.inf
 
 
 def cosine_similarity(x: Tensor, x_hat: Tensor) -> float:

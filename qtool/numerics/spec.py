@@ -139,6 +139,8 @@ class LayerSpec:
         accum_bits: width of the accumulator, and of the bias.
         accum_float64: whether sums are accumulated in float64 rather than float32.
         scale_approx_bits: bits of the integer multiplier that replaces a float scale, or None.
+        output_range: (min, max) of the output, in place of one chosen from statistics.
+        weight_range: (min, max) of a weight that is quantized per tensor, in place of its own.
     """
 
     weight: QuantSpec | None = None
@@ -148,6 +150,8 @@ class LayerSpec:
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
+    output_range: tuple[float, float] | None = None
+    weight_range: tuple[float, float] | None = None
 
     @property
     def input_grid(self) -> QuantSpec | None:

@@ -152,12 +152,15 @@ def read_stats(path: Path) -> ModelStats:
             malformed records are reported together (the first few), each by layer and field.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        _check_depth(text)
+        tree = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise StatsError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise StatsError(f"{path}: not a text file; a stats YAML is wanted") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # A wrong tag, such as `!!int ""`, ends in a LookupError or AttributeError.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise StatsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict) or not tree:
         raise StatsError(f"{path}: no layers found; a mapping of layer names to records is wanted")
@@ -169,12 +172,21 @@ def read_stats(path: Path) -> ModelStats:
     return ModelStats(layers, source=str(path))
 
 
+def _check_depth(text: str) -> None:
+    """Refuse absurd nesting, for which the fast loader would crash the interpreter."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 100:
+            raise ValueError("nested more than 100 levels deep")
+
+
 def _read_layer(name: str, node: Any, problems: list[str]) -> LayerStats:
     if not isinstance(node, dict):
         problems.append(f"{name}: found {_kind(node)}; a mapping with 'inputs' and 'output' is wanted")
         return LayerStats()
-    inputs = node.get("inputs") or {}
-    if not isinstance(inputs, dict) or not all(isinstance(i, int) for i in inputs):
+    inputs = {} if node.get("inputs") is None else node["inputs"]
+    if not isinstance(inputs, dict) or not all(type(i) is int for i in inputs):
         problems.append(f"{name}.inputs: a mapping with keys 0, 1, ... is wanted")
         inputs = {}
     records = {i: _read_record(f"{name}.inputs.{i}", tree, problems) for i, tree in inputs.items()}
@@ -215,11 +227,11 @@ def _read_number(where: str, value: Any, problems: list[str]) -> float | None:
     try:
         # YAML 1.1 takes 1e-05, as other writers spell it, for text.
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         problems.append(f"{where}: found {_kind(value)}; a number is wanted")
         return None
     if not math.isfinite(number):
-        problems.append(f"{where}: found {value}; a finite number is wanted, {_RECALIBRATE}")
+        problems.append(f"{where}: found {value!r}; a finite number is wanted, {_RECALIBRATE}")
         return None
     return number
 

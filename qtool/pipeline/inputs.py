@@ -227,7 +227,7 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
     asked, data = config.calibration, config.data
     if asked.fraction is not None and asked.calib_samples is not None:
         raise ConfigError(
-            "--fraction and --calib-samples both say how many images calibrate; give one of them"
+            "--fraction and --calib-samples: both say how many images calibrate; give one of them"
         )
     fraction, samples = asked.fraction, asked.calib_samples
     from_evaluation = False

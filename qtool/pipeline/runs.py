@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import fx
 
 import qtool.config as configs
 from qtool.config import Config
-from qtool.errors import ConfigError
+from qtool.errors import ConfigError, OutputError
 from qtool.observers.stats import ModelStats, read_stats, write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.describe import layer_quant_params, layer_table
@@ -33,6 +34,7 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
+from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, table
 from qtool.run_dir import log_to, make_run_dir, write_text, write_whole
@@ -94,6 +96,7 @@ def quantize(config: Config) -> Outcome:
             stats = _measure(config, traced, calibration)
             write_text(folder / STATS_FILE, write_stats(stats))
         model = steps.quantize(traced, stats, config.quantizers)
+        _log_notes(model)
         if model.plan.edited_stats is not None:
             write_text(folder / EDITED_STATS_FILE, write_stats(model.plan.edited_stats))
         params = layer_quant_params(model.plan, specs)
@@ -146,10 +149,25 @@ def _check(config: Config, data_needed: bool) -> None:
     announce_default(config, data_needed)
     try:
         device = torch.device(config.run.device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" has shapes, but no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device: {config.run.device} cannot be used here: {reason}") from error
+    _check_outputs(config)
+
+
+def _check_outputs(config: Config) -> None:
+    """Find out now, rather than after the work, that a result cannot be written."""
+    name, path = config.run.name, config.run.save_predictions
+    if name and not {"/", "\0"}.isdisjoint(name):
+        raise ConfigError(f"--name: {name!r} cannot be part of a folder's name; leave out the '/'")
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"--save-predictions: {path} is a folder; name a file in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: no files can be made in {above}; choose another place")
 
 
 def _refuse_quantized(subject: Subject, command: str) -> None:
@@ -200,6 +218,22 @@ def _evaluate(config: Config, network: torch.nn.Module, images: Images, progress
     return result
 
 
+def _log_notes(model: QuantizedModel) -> None:
+    """Say once, not layer by layer, what did not go as asked."""
+    noted = {name: layer for name, layer in model.plan.layers.items() if layer.note}
+    left = [name for name, layer in noted.items() if layer.kind == FLOAT and layer.note != NOT_ASKED]
+    if left:
+        LOG.info("%d layers stay in float, such as %s: %s", len(left), left[0], noted[left[0]].note)
+    narrow = [name for name, layer in noted.items() if layer.kind == INTEGER]
+    if narrow:
+        LOG.warning(
+            "%d layers may overflow their accumulators, such as %s: %s; see --qe-bits-accum",
+            len(narrow),
+            narrow[0],
+            noted[narrow[0]].note,
+        )
+
+
 def _note_bad_images(paths: list[str]) -> None:
     if paths:
         LOG.warning("skipped %d unreadable images, such as %s", len(paths), paths[0])
@@ -241,11 +275,12 @@ def _record(
 def _finish(
     config: Config, folder: Path, record: dict[str, Any], evaluation: Images, results: dict[str, Result]
 ) -> None:
-    write_text(folder / RESULTS_FILE, json.dumps(_finite(record), indent=2) + "\n")
     if config.run.save_predictions is not None:
         path = _npz_path(config.run.save_predictions)
         write_whole(path, lambda file: np.savez_compressed(file, **_predictions(evaluation, results)))
         LOG.info("predictions: %s", path)
+    # Last, so that it says that the run has ended well.
+    write_text(folder / RESULTS_FILE, json.dumps(_finite(record), indent=2) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -23,8 +23,6 @@ from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize
 from qtool.numerics.spec import QParams
 
 ACTIVATION_LIMITS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-# Accumulators of everything but convolutions and linear layers.
-OP_ACCUM_BITS = 32
 
 
 class Grid(nn.Module):
@@ -88,7 +86,7 @@ class Requantize(nn.Module):
         super().__init__()
         ratio = accum_scale.double() / output.scale.double()
         if scale_approx_bits is not None:
-            ratio = approximate_multiplier(ratio, scale_approx_bits)
+            ratio = approximate_ratio(ratio, scale_approx_bits)
         self.register_buffer("ratio", along_axis(ratio.float(), channel_axis, num_dims), persistent=False)
         self.low, self.high = output_limits(output, activation)
         self.grid = Grid(output)
@@ -96,6 +94,15 @@ class Requantize(nn.Module):
     def forward(self, accumulator: Tensor) -> Tensor:
         """Overwrites the accumulator, which is this layer's own."""
         return accumulator.mul_(self.ratio).round_().clamp_(self.low, self.high)
+
+
+def approximate_ratio(ratio: Tensor, num_bits: int) -> Tensor:
+    """approximate_multiplier for a float64 ratio of scales.
+
+    Scales are reciprocals rounded to float32, a ratio of up to four of them is off by 2^-22; one that
+    num_bits hold exactly must not fall to the multiplier below for that.
+    """
+    return approximate_multiplier(ratio * (1 + 2**-22), num_bits)
 
 
 def output_limits(output: QParams, activation: str | None) -> tuple[float, float]:
@@ -202,8 +209,11 @@ class QuantEmbedding(nn.Module):
 class _Rescaling(nn.Module):
     """Brings each input to the output's scale, rounded, before they are combined."""
 
-    def __init__(self, inputs: Sequence[QParams], output: QParams, activation: str | None) -> None:
+    def __init__(
+        self, inputs: Sequence[QParams], output: QParams, activation: str | None, accum_bits: int
+    ) -> None:
         super().__init__()
+        self.accum_bits = accum_bits
         self.ratios = [float(q.scale.double() / output.scale.double()) for q in inputs]
         self.low, self.high = output_limits(output, activation)
         self.grid = Grid(output)
@@ -211,7 +221,7 @@ class _Rescaling(nn.Module):
     def rescale(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Integers at the output's scale; the inputs are not changed."""
         pairs = zip(inputs, self.ratios, strict=True)
-        return [clamp_accumulator((x * ratio).round_(), OP_ACCUM_BITS) for x, ratio in pairs]
+        return [clamp_accumulator((x * ratio).round_(), self.accum_bits) for x, ratio in pairs]
 
 
 class QuantAdd(_Rescaling):
@@ -234,16 +244,19 @@ class QuantCat(_Rescaling):
 class QuantProduct(nn.Module):
     """A product of quantized tensors, element by element or of matrices."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], requantize: Requantize) -> None:
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], requantize: Requantize, accum_bits: int
+    ) -> None:
         super().__init__()
         self.function = function
+        self.accum_bits = accum_bits
         self.requantize = requantize
 
     def forward(self, *inputs: Tensor) -> Tensor:
         total, *others = inputs
         for other in others:
             total = self.function(total, other)
-        accumulator = clamp_accumulator(total.round(), OP_ACCUM_BITS)
+        accumulator = clamp_accumulator(total.round(), self.accum_bits)
         result: Tensor = self.requantize(accumulator)
         return result
 

@@ -7,6 +7,7 @@ computed on activations here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,10 +19,11 @@ from qtool.graph import ops
 from qtool.graph.fold import output_channels_first, restore_layout
 from qtool.graph.neighbours import edit_stats, fused_activations
 from qtool.graph.trace import layers, tensor_inputs
-from qtool.numerics.affine import approximate_multiplier, dequantize, qparams_from_range, quantize
+from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize, qparams_from_range, quantize
 from qtool.numerics.clipping import choose_range, range_of_tensor
 from qtool.numerics.spec import ClipSpec, LayerSpec, QParams, QuantSpec
 from qtool.observers.stats import ActivationStats, ModelStats
+from qtool.quantizers.modules import approximate_ratio
 
 # What can be done with a layer.
 INTEGER = "integer"  # computes on integers
@@ -31,9 +33,13 @@ EMBEDDING = "embedding"  # rows of an integer table
 IDENTITY = "identity"  # a ReLU that the layer in front of it computes
 FLOAT = "float"  # stays as it was
 
+NOT_ASKED = "not asked for"  # the note of a layer that was to stay in float
+
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 # Operations that compute on the integers of all their inputs.
 INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul"})
+# Their accumulators are never narrower, whatever is asked for convolutions and linear layers.
+OP_ACCUM_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,11 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
     if fused_away:
         return IDENTITY, ""
     if spec is None or (spec.output is None and spec.weight is None):
-        return FLOAT, "not asked for"
+        return FLOAT, NOT_ASKED
     if not ops.is_float_tensor(node.meta["value"]):
         return FLOAT, "gives several tensors"
     if op == "embedding":
-        return (FLOAT, "not asked for") if spec.weight is None else (EMBEDDING, "")
+        return (FLOAT, NOT_ASKED) if spec.weight is None else (EMBEDDING, "")
     if op in WEIGHTED and spec.weight is not None:
         return (WEIGHTS_ONLY if spec.output is None else INTEGER), ""
     if spec.output is None:
@@ -180,11 +186,13 @@ class _Planner:
         fresh = self._fresh_inputs(name, node, spec)
         grid = fresh[0] or self.grids[tensor_inputs(node)[0]]
         assert grid is not None
-        weight, weight_q = quantize_weight(name, module, spec.weight)
+        weight, weight_q = quantize_weight(name, module, spec.weight, spec.weight_range)
         steps_per_unit = 1 / (grid.scale.double() * weight.scale.double())
         if spec.scale_approx_bits is not None:
-            steps_per_unit = approximate_multiplier(steps_per_unit, spec.scale_approx_bits)
+            steps_per_unit = approximate_ratio(steps_per_unit, spec.scale_approx_bits)
         bias = getattr(module, "bias", None)
+        bias_q = None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits)
+        needed = accumulator_bits(grid, weight, weight_q, bias_q)
         return LayerPlan(
             INTEGER,
             node.meta["op"],
@@ -193,7 +201,8 @@ class _Planner:
             activation=self._activation(name),
             weight=weight,
             weight_q=weight_q,
-            bias_q=None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits),
+            bias_q=bias_q,
+            note=f"its sums can need {needed} bits" if needed > spec.accum_bits else "",
             accum_scale=1 / steps_per_unit,
             accum_bits=spec.accum_bits,
             accum_float64=spec.accum_float64 or _beyond_float32(grid.spec, weight.spec),
@@ -202,7 +211,7 @@ class _Planner:
 
     def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
-        weight, weight_q = quantize_weight(name, module, spec.weight)
+        weight, weight_q = quantize_weight(name, module, spec.weight, spec.weight_range)
         bias = getattr(module, "bias", None)
         return LayerPlan(
             WEIGHTS_ONLY,
@@ -232,6 +241,7 @@ class _Planner:
             output=self._output_grid(name, node, spec),
             activation=self._activation(name),
             accum_scale=accum_scale,
+            accum_bits=max(OP_ACCUM_BITS, spec.accum_bits),
             scale_approx_bits=spec.scale_approx_bits,
         )
 
@@ -264,6 +274,9 @@ class _Planner:
 
     def _output_grid(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
         assert spec.output is not None
+        if spec.output_range is not None:
+            x_min, x_max = (torch.tensor(float(v)) for v in spec.output_range)
+            return qparams_from_range(x_min, x_max, spec.output, spec.scale_approx_bits)
         record, clip = self.stats.output(name), spec.clip
         if name in self.fused:
             clip = replace(clip, half_range=True)
@@ -310,16 +323,23 @@ def computes_only_tensors(node: fx.Node) -> bool:
     return len(tensors) >= 2 and list(combined) == tensors
 
 
-def quantize_weight(name: str, module: nn.Module, spec: QuantSpec) -> tuple[QParams, Tensor]:
+def quantize_weight(
+    name: str, module: nn.Module, spec: QuantSpec, weight_range: tuple[float, float] | None = None
+) -> tuple[QParams, Tensor]:
     """The grid and the integers of a layer's weight, output channels first.
 
     Raises:
-        ConfigError: if the weight holds NaN or infinity.
+        ConfigError: if the weight holds NaN or infinity, or a range is given for a per-channel grid.
     """
     weight = output_channels_first(module)
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
-    x_min, x_max = range_of_tensor(weight, spec)
+    if weight_range is None:
+        x_min, x_max = range_of_tensor(weight, spec)
+    elif spec.axis is None:
+        x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
+    else:
+        raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
     qparams = qparams_from_range(x_min, x_max, spec)
     return qparams, quantize(weight, qparams).to(integer_dtype(spec))
 
@@ -335,6 +355,25 @@ def quantize_bias(bias: Tensor, steps_per_unit: Tensor, accum_bits: int) -> Tens
     """Integers of a bias at the accumulator's scale, (C,), int64."""
     limit = 2 ** (accum_bits - 1)
     return torch.round(bias.double() * steps_per_unit).clamp(-limit, limit - 1).to(torch.int64)
+
+
+def accumulator_bits(grid: QParams, weight: QParams, weight_q: Tensor, bias_q: Tensor | None) -> int:
+    """Bits of a signed accumulator that no input on the grid can overflow.
+
+    Args:
+        grid: of the input.
+        weight: of the weight.
+        weight_q: its integers, output channels first.
+        bias_q: (C,), or None.
+    """
+    zero_point = along_axis(weight.zero_point, weight.spec.axis, weight_q.dim())
+    magnitudes = (weight_q.double() - zero_point).abs().flatten(1).sum(dim=1)  # (C,)
+    z = float(grid.zero_point)
+    largest_input = max(abs(grid.spec.quant_min - z), abs(grid.spec.quant_max - z))
+    sums = magnitudes * largest_input
+    if bias_q is not None:
+        sums = sums + bias_q.double().abs()
+    return math.ceil(math.log2(float(sums.max()) + 1)) + 1
 
 
 def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:

@@ -207,9 +207,9 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
     """The module of an integer layer, for inputs on the given grids."""
     assert plan.output is not None and plan.accum_scale is not None
     if plan.op == "add":
-        return QuantAdd(inputs, plan.output, plan.activation)
+        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits)
     if plan.op == "cat":
-        return QuantCat(inputs, plan.output, plan.activation)
+        return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits)
     num_dims = node.meta["value"].dim()
     last = plan.op in ("linear", "matmul")
     requantize = Requantize(
@@ -229,7 +229,8 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
             plan.accum_bits,
             torch.float64 if plan.accum_float64 else torch.float32,
         )
-    return QuantProduct(torch.matmul if plan.op == "matmul" else torch.mul, requantize)
+    function = torch.matmul if plan.op == "matmul" else torch.mul
+    return QuantProduct(function, requantize, plan.accum_bits)
 
 
 def _build_fake(module: nn.Module, plan: LayerPlan) -> nn.Module:

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from qtool.errors import StatsError
+from qtool.graph.observe import observe
+from qtool.graph.trace import trace
+from qtool.observers.stats import ModelStats
+
+X = torch.linspace(-1, 3, 2 * 4).reshape(2, 4)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.fc(x), x], 1) + torch.flatten(x, 1).repeat(1, 2)
+
+
+def measured(net: nn.Module, batches) -> ModelStats:
+    traced = trace(net, batches[0])
+    with observe(traced) as observation:
+        for _ in range(2):
+            for x in batches:
+                traced(x)
+            observation.start_second_pass()
+    return observation.stats()
+
+
+def test_every_input_and_output_is_recorded_under_its_name():
+    net = Net()
+    stats = measured(net, [X, -X])
+    y = net(X).detach(), net(-X).detach()
+    assert list(stats.layers) == ["fc", "cat", "add"]  # flatten and repeat compute nothing
+    assert sorted(stats.layers["cat"].inputs) == sorted(stats.layers["add"].inputs) == [0, 1]
+    assert stats.input("fc", 0) == stats.input("cat", 1)
+    assert (stats.input("fc", 0).min, stats.input("fc", 0).max) == (-3, 3)
+    assert stats.input("cat", 0) == stats.output("fc")
+    assert stats.input("add", 0) == stats.output("cat")
+    assert stats.output("add").max == max(float(part.max()) for part in y)
+    assert stats.output("add").total_numel == 32
+    assert stats.output("add").shape == (2, 8)
+
+
+def test_hooks_are_gone_afterwards_even_after_an_error():
+    traced = trace(Net(), X)
+    with pytest.raises(KeyboardInterrupt), observe(traced):
+        assert any(m._forward_hooks for m in traced.modules())
+        raise KeyboardInterrupt
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in traced.modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_layer_that_gives_no_number_is_named(value):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.constant_(net[1].bias[:1], value)
+    with pytest.raises(StatsError, match="the output of layer '1' holds NaN or infinity"):
+        measured(net, [X])
+
+
+def test_an_input_that_is_no_number_is_named():
+    traced = trace(nn.Sequential(nn.Linear(4, 4)), X)
+    with observe(traced), pytest.raises(StatsError, match="the input 0 of layer '0'"):
+        traced(X * float("nan"))
+
+
+def test_each_call_of_a_reused_module_has_its_own_record():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.relu(x) * -1 + 1)
+
+    stats = measured(Twice(), [X])
+    assert stats.output("relu1").max == 3
+    assert stats.output("relu2").max == 1

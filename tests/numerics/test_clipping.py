@@ -1,0 +1,158 @@
+"""Ranges from statistics are those of the worked examples, and what a mode lacks is named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from qtool.numerics.clipping import FIELDS, aciq_alpha, choose_range, range_of_tensor
+from qtool.numerics.spec import CLIP_MODES, ClipSpec, QuantSpec
+from qtool.observers.stats import ActivationStats
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXAMPLES = yaml.safe_load((GOLDEN / "clipping.yaml").read_text(encoding="utf-8"))
+SOLVED = json.loads((GOLDEN / "aciq.json").read_text(encoding="utf-8"))
+COLUMNS = ("mode", "n_stds", "half_range", "grid", "num_bits", "low", "high")
+
+RECORD = ActivationStats(**EXAMPLES["record"])
+UNSIGNED = QuantSpec.from_mode("asym_u")
+
+
+def widest(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
+    """The range a grid is laid over: symmetric grids look only at the larger end."""
+    v = max(abs(low), abs(high))
+    return (-v, v) if spec.symmetric else (low, high)
+
+
+@pytest.mark.parametrize(COLUMNS, EXAMPLES["from_record"])
+def test_range_of_a_record_is_that_of_the_worked_example(
+    mode, n_stds, half_range, grid, num_bits, low, high
+):
+    spec = QuantSpec.from_mode(grid, num_bits)
+    found = choose_range(RECORD, spec, ClipSpec(mode, n_stds, half_range))
+    assert [x.item() for x in found] == pytest.approx([low, high], rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize(COLUMNS, EXAMPLES["from_tensor"])
+def test_range_of_a_tensor_is_that_of_the_worked_example(
+    mode, n_stds, half_range, grid, num_bits, low, high
+):
+    x, spec = torch.tensor(EXAMPLES["tensor"]).float(), QuantSpec.from_mode(grid, num_bits)
+    found = range_of_tensor(x, spec, ClipSpec(mode, n_stds, half_range))
+    assert [v.item() for v in found] == pytest.approx([low, high], rel=1e-6)  # float32
+
+
+def test_symmetric_average_takes_the_larger_mean_not_the_mean_of_the_larger():
+    # Rows reach 3 and 3 in magnitude; their ends average to -2 and 2.
+    x = torch.tensor([[-3.0, 1.0], [-1.0, 3.0]])
+    low, high = range_of_tensor(x, QuantSpec(), ClipSpec("avg"))
+    assert (low.item(), high.item()) == (-2.0, 2.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_per_channel_range_keeps_its_axis(axis):
+    low, high = range_of_tensor(torch.tensor([[-1.0, 3.0], [-3.0, 5.0]]), QuantSpec(axis=axis))
+    expected = {0: ([-1, -3], [3, 5]), 1: ([-3, 3], [-1, 5])}[axis]
+    assert (low.tolist(), high.tolist()) == expected
+
+
+def test_scalar_has_a_range():
+    assert [v.item() for v in range_of_tensor(torch.tensor(-2.0), QuantSpec(), ClipSpec("avg"))] == [-2, -2]
+
+
+def test_channels_last_tensors_have_the_same_range():
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    last = x.contiguous(memory_format=torch.channels_last)
+    for clip in (ClipSpec("avg"), ClipSpec("gauss"), None):
+        assert range_of_tensor(x, QuantSpec(), clip) == range_of_tensor(last, QuantSpec(), clip)
+
+
+# Distiller's defect D18: after a net-aware edit, mean + n std can lie below the raised minimum.
+
+
+def test_range_is_ordered_when_mean_and_std_lie_below_an_edited_minimum():
+    record = ActivationStats(min=-5, max=1, mean=-3, std=0.5).clamped(0, float("inf"))
+    low, high = choose_range(record, UNSIGNED, ClipSpec("n_std", n_stds=2))
+    assert (low.item(), high.item()) == (0.0, 0.0)
+
+
+# ACIQ's constants
+
+
+ENTRIES = [("laplace", half, bits) for half in (False, True) for bits in range(9)]
+ENTRIES += [("gauss", half, bits) for half in (False, True) for bits in range(1, 9)]
+
+
+@pytest.mark.parametrize(("mode", "half_range", "bits"), ENTRIES)
+def test_constants_solve_the_equation_of_aciq(mode, half_range, bits):
+    solved = SOLVED[mode][str(bits + half_range)]
+    # The published tables cut or round the second decimal; gauss at 9 bits (4.2163) has only one.
+    tolerance = 0.02 if (mode, half_range, bits) == ("gauss", True, 8) else 0.0101
+    assert aciq_alpha(mode, bits, half_range) == pytest.approx(solved, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("mode", "half_range", "bits", "constant"),
+    [
+        ("laplace", False, 2, 2.83),
+        ("laplace", False, 4, 5.03),
+        ("laplace", False, 8, 9.89),
+        ("laplace", True, 3, 5.02),  # not 5.03
+        ("laplace", True, 8, 11.16),
+        ("gauss", False, 4, 2.55),
+        ("gauss", True, 8, 4.2),
+    ],
+)
+def test_constants_are_as_published(mode, half_range, bits, constant):
+    assert aciq_alpha(mode, bits, half_range) == constant
+
+
+@pytest.mark.parametrize("mode", ["laplace", "gauss"])
+def test_half_range_uses_the_constant_of_one_bit_more(mode):
+    for bits in (1, 2, 4, 5, 6, 7):
+        assert aciq_alpha(mode, bits, half_range=True) == aciq_alpha(mode, bits + 1)
+
+
+# What is missing or senseless
+
+
+@pytest.mark.parametrize(
+    ("mode", "field"), [(m, f) for m in CLIP_MODES for f in FIELDS[m] if f not in ("min", "max")]
+)
+def test_missing_field_is_named_with_the_mode_that_needs_it(mode, field):
+    record = replace(RECORD, **{field: None})
+    with pytest.raises(ValueError, match=f"^clip mode {mode} needs {field}$"):
+        choose_range(record, UNSIGNED, ClipSpec(mode, n_stds=2))
+
+
+@pytest.mark.parametrize("mode", CLIP_MODES)
+def test_fields_that_the_mode_does_not_read_may_be_missing(mode):
+    absent = {f: None for f in ("avg_min", "avg_max", "mean", "std", "b") if f not in FIELDS[mode]}
+    clip = ClipSpec(mode, n_stds=2)
+    assert choose_range(replace(RECORD, **absent), UNSIGNED, clip) == choose_range(RECORD, UNSIGNED, clip)
+
+
+@pytest.mark.parametrize("n_stds", [None, 0, -1.5])
+def test_n_std_without_a_positive_number_is_refused(n_stds):
+    with pytest.raises(ValueError, match=f"clip mode n_std needs a positive n_stds, found {n_stds}"):
+        choose_range(RECORD, UNSIGNED, ClipSpec("n_std", n_stds))
+
+
+@pytest.mark.parametrize("mode", ["gauss", "laplace"])
+def test_aciq_above_its_tables_is_refused_with_both_numbers(mode):
+    with pytest.raises(ValueError, match=f"clip mode {mode} .* up to 8 bits, found 9 bits"):
+        choose_range(RECORD, QuantSpec(num_bits=9), ClipSpec(mode))
+
+
+def test_clipping_per_channel_is_refused():
+    with pytest.raises(ValueError, match="clip mode n_std is per tensor, the grid is per channel"):
+        range_of_tensor(torch.ones(2, 2), QuantSpec(axis=0), ClipSpec("n_std", 2))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_empty_tensor_is_refused(axis):
+    with pytest.raises(ValueError, match="range of an empty tensor is not defined"):
+        range_of_tensor(torch.ones(3, 0), QuantSpec(axis=axis))

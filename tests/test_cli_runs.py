@@ -1,0 +1,210 @@
+"""Whole runs on the embedded network and digits: what they print, write, and repeat."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from qtool.cli import main
+
+QUICK = ("--effective-test-size", "0.1", "--calib-samples", "16", "--workers", "0")
+STATS = "acts_quantization_stats.yaml"
+PARAMS = "layer_quant_params.yaml"
+CHECKPOINT = "quantized_checkpoint.pth.tar"
+STAMP = r"\d{4}\.\d\d\.\d\d-\d{6}(-\d+)?"
+
+
+def run_folder(out_dir: Path, *args: object) -> Path:
+    """The folder of a run that ends well."""
+    result = CliRunner().invoke(main, [*map(str, args), "-o", str(out_dir)])
+    assert result.exit_code == 0, result.output
+    last_line = Path(result.stdout.splitlines()[-1])
+    return last_line if last_line.is_dir() else last_line.parent
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_speed(record: dict) -> dict:
+    return {
+        key: {k: v for k, v in value.items() if k != "images_per_second"} if isinstance(value, dict) else value
+        for key, value in record.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    """The folder of a run that saved predictions, in preds.npz beside it."""
+    out_dir = tmp_path_factory.mktemp("quantized")
+    options = ("--qem", "asym_u", "--qepc", "--save-predictions", out_dir / "preds.npz")
+    return run_folder(out_dir, "quantize", *QUICK, *options)
+
+
+def test_calibrate_needs_a_fraction_only(run_cli):
+    result = run_cli("calibrate", "--fraction", "0.05")
+    headline, path = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert result.stderr.startswith("no model or data named: using the embedded digits_resnet and UCI")
+    assert "these are evaluation images: for an accuracy on unseen images" in result.stderr
+    assert headline == "27 layers of digits_resnet on 26 of 537 images of digits test (seed 0)"
+    stats = yaml.safe_load(Path(path).read_text())
+    assert len(stats) == 27
+    assert stats["conv1"]["inputs"][0]["total_numel"] == 26 * 64
+
+
+def test_quantize_needs_no_data_and_stays_accurate(run_cli):
+    result = run_cli("quantize", "--qe-mode", "asym_u", "--qe-per-channel")
+    record = results(Path(result.stdout.splitlines()[-1]))
+    assert result.exit_code == 0
+    assert result.stderr.startswith("no model or data named: using the embedded digits_resnet and UCI")
+    assert record["float"]["images"] == record["quantized"]["images"] == 537
+    assert record["float"]["top1"] > 98
+    assert abs(record["top1_difference"]) < 1
+    assert record["calibration"] == {"images": 256, "dataset": "digits calibration", "overlap": 0}
+
+
+def test_run_folder_holds_every_file(quantized):
+    assert re.fullmatch(STAMP, quantized.name)
+    assert {path.name for path in quantized.iterdir()} == {
+        f"{quantized.name}.log", "config.yaml", STATS, "quant_stats_after_prepare_model.yaml",
+        PARAMS, CHECKPOINT, "results.json",
+    }  # fmt: skip
+
+
+def test_name_starts_the_folder_and_the_checkpoint(tmp_path):
+    folder = run_folder(tmp_path, "quantize", *QUICK, "--skip-float", "-n", "trial")
+    assert re.fullmatch(f"trial___{STAMP}", folder.name)
+    assert (folder / f"trial_{CHECKPOINT}").is_file()
+
+
+def test_results_have_float_and_quantized_side_by_side(quantized):
+    record = results(quantized)
+    for network in ("float", "quantized"):
+        found = record[network]
+        assert set(found) == {"top1", "top5", "loss", "images", "images_per_second"}
+        assert 0 <= found["top1"] <= found["top5"] <= 100
+        assert found["images"] == 53
+    assert 0 < record["float"]["loss"] != record["quantized"]["loss"]
+    assert record["top1_difference"] == record["quantized"]["top1"] - record["float"]["top1"]
+    assert 0 <= record["agreement"] <= 100
+    assert record["evaluation"] == {
+        "dataset": "digits test", "split": "evaluation", "images": 53, "skipped": 0,
+    }  # fmt: skip
+
+
+def test_printed_numbers_are_those_of_the_results_file(run_cli):
+    result = run_cli("quantize", *QUICK)
+    lines = result.stdout.splitlines()
+    record = results(Path(lines[-1]))
+    for line in lines[2:4]:
+        name, top1, top5, loss, images, _ = line.split()
+        found = record[name]
+        assert [float(top1), float(top5), float(loss), int(images)] == [
+            round(found["top1"], 3), round(found["top5"], 3), round(found["loss"], 4), found["images"],
+        ]  # fmt: skip
+
+
+def test_predictions_give_the_accuracies_of_the_results(quantized):
+    saved = np.load(quantized.parent / "preds.npz")
+    record = results(quantized)
+    assert sorted(saved) == ["float_prediction", "label", "path", "quantized_prediction"]
+    assert len(set(saved["path"].tolist())) == 53
+    for network in ("float", "quantized"):
+        right = saved[f"{network}_prediction"] == saved["label"]
+        assert 100 * right.mean() == pytest.approx(record[network]["top1"])
+    same = saved["float_prediction"] == saved["quantized_prediction"]
+    assert 100 * same.mean() == pytest.approx(record["agreement"])
+
+
+def test_written_config_repeats_the_run(quantized, tmp_path):
+    again = run_folder(tmp_path, "quantize", "-c", quantized / "config.yaml")
+    assert without_speed(results(again)) == without_speed(results(quantized))
+    assert (again / CHECKPOINT).read_bytes() == (quantized / CHECKPOINT).read_bytes()
+
+
+def test_saved_checkpoint_evaluates_as_it_did(quantized, tmp_path):
+    checkpoint = quantized / CHECKPOINT
+    folder = run_folder(tmp_path, "evaluate", "--checkpoint", checkpoint, *QUICK[:2], "-j", "0")
+    record = without_speed(results(folder))
+    assert record["quantized"] == without_speed(results(quantized))["quantized"]
+    assert "float" not in record
+
+
+def test_evaluate_alone_gives_the_float_numbers(quantized, tmp_path):
+    record = without_speed(results(run_folder(tmp_path, "evaluate", *QUICK[:2], "-j", "0")))
+    assert record["float"] == without_speed(results(quantized))["float"]
+
+
+def test_skip_float_leaves_float_and_comparison_out(tmp_path):
+    record = results(run_folder(tmp_path, "quantize", *QUICK, "--skip-float"))
+    assert "quantized" in record
+    assert not {"float", "agreement", "top1_difference"} & record.keys()
+
+
+def test_stats_file_of_calibrate_gives_what_quantize_measures(quantized, tmp_path):
+    calibrated = run_folder(tmp_path, "calibrate", "--calib-samples", "16", "-j", "0")
+    given = ("--qe-stats-file", calibrated / STATS)
+    folder = run_folder(tmp_path, "quantize", *QUICK[:2], "-j", "0", "--qem", "asym_u", "--qepc", *given)
+    assert (calibrated / STATS).read_bytes() == (quantized / STATS).read_bytes()
+    assert (folder / PARAMS).read_bytes() == (quantized / PARAMS).read_bytes()
+    assert not (folder / STATS).exists()
+    assert results(folder)["calibration"] == {"stats_file": str(calibrated / STATS)}
+
+
+def test_another_seed_chooses_other_images(quantized, tmp_path):
+    other = run_folder(tmp_path, "calibrate", "--calib-samples", "16", "-j", "0", "--seed", "1")
+    assert (other / STATS).read_bytes() != (quantized / STATS).read_bytes()
+
+
+def test_workers_change_no_byte(quantized, tmp_path):
+    options = ("--calib-samples", "16", "-b", "64", "-j", "2")
+    assert (run_folder(tmp_path, "calibrate", *options) / STATS).read_bytes() == (
+        quantized / STATS
+    ).read_bytes()
+
+
+def test_batch_size_changes_rounding_only(quantized, tmp_path):
+    folder = run_folder(tmp_path, "calibrate", "--calib-samples", "16", "-b", "5", "-j", "0")
+    other, reference = (yaml.safe_load((path / STATS).read_text()) for path in (folder, quantized))
+    assert other.keys() == reference.keys()
+    for name, layer in reference.items():
+        for field in ("min", "max", "avg_min", "avg_max", "mean", "std", "b"):
+            # Convolutions of batches of another size add up in another order, in float32.
+            assert other[name]["output"][field] == pytest.approx(layer["output"][field], rel=1e-4, abs=1e-5)
+        assert other[name]["output"]["total_numel"] == layer["output"]["total_numel"]
+
+
+def test_calibration_on_evaluation_images_is_said(run_cli):
+    result = run_cli("quantize", "--fraction", "0.05", "-j", "0", "--skip-float")
+    assert "26 of the 537 evaluation images are also calibration images" in result.stderr
+    assert results(Path(result.stdout.splitlines()[-1]))["calibration"]["overlap"] == 26
+
+
+def test_four_bits_lose_more_than_eight(quantized, tmp_path):
+    folder = run_folder(tmp_path, "quantize", *QUICK, "--qem", "asym_u", "--qepc", "--qebw", "4", "--qeba", "4")
+    params = yaml.safe_load((folder / PARAMS).read_text())
+    assert params["conv1"]["weight"]["num_bits"] == params["conv1"]["output"]["num_bits"] == 4
+    # Four bits of both weights and activations are worth about 24 dB.
+    assert results(folder)["logit_sqnr_db"] < results(quantized)["logit_sqnr_db"] - 12
+
+
+def test_checkpoint_loads_without_running_code(quantized):
+    content = torch.load(quantized / CHECKPOINT, weights_only=True)
+    assert content["format"] == "qtool-quantized"
+    assert content["model"]["arch"] == "digits_resnet"
+
+
+def test_log_holds_the_messages_and_how_the_run_ended(run_cli, tmp_path):
+    assert run_cli("quantize", *QUICK, "--qencl", "conv1", "--qeca", "avg").exit_code == 0
+    stats = tmp_path / "stats.yaml"
+    stats.write_text("other: {output: {min: 0, max: 1}}")
+    assert run_cli("quantize", *QUICK, "--qe-stats-file", stats, "-n", "failed").exit_code == 1
+    (log,) = Path("logs").glob("failed*/*.log")
+    assert "INFO network: digits_resnet" in log.read_text()
+    assert f"ended by StatsError: {stats}: no entry for" in log.read_text()
