@@ -5,10 +5,15 @@ torch is imported inside the commands, so that --help stays quick.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import click
@@ -17,6 +22,9 @@ from qtool.config import SECTIONS, Config, load_config, options_of
 from qtool.errors import QtoolError
 
 LOG = logging.getLogger("qtool")
+
+INTERRUPTED = "interrupted: files that were not finished have not been written"
+_PIPELINE = "qtool.pipeline.runs"
 
 
 class QtoolCommand(click.Command):
@@ -41,7 +49,7 @@ class QtoolCommand(click.Command):
                 click.echo(f"error: {line}", err=True)
             raise SystemExit(1) from error
         except (KeyboardInterrupt, click.Abort) as error:
-            click.echo("interrupted: files that were not finished have not been written", err=True)
+            click.echo(INTERRUPTED, err=True)
             raise SystemExit(1) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -121,6 +129,26 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
     return decorate
 
 
+def _pipeline() -> ModuleType:
+    """The module of the commands' work, which imports torch.
+
+    Ctrl-C inside that import would reach torch's C++ code, which loses it or aborts; nothing has been
+    written yet, so it ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
+        return importlib.import_module(_PIPELINE)
+    on_interrupt = signal.signal(signal.SIGINT, _exit_now)
+    try:
+        return importlib.import_module(_PIPELINE)
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def _exit_now(_number: int, _frame: FrameType | None) -> None:
+    click.echo(INTERRUPTED, err=True)
+    os._exit(1)
+
+
 DATA = click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
 
 
@@ -153,9 +181,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool calibrate -a resnet18 --pretrained --fraction 0.05 /data/imagenet
     """
-    from qtool.pipeline import runs
-
-    _print(runs.calibrate(_config(config_file, flags)).text)
+    _print(_pipeline().calibrate(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -168,9 +194,7 @@ def quantize(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool quantize -a resnet18 --pretrained --qe-mode asym_u --qe-per-channel /data/imagenet
     """
-    from qtool.pipeline import runs
-
-    _print(runs.quantize(_config(config_file, flags)).text)
+    _print(_pipeline().quantize(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -183,9 +207,7 @@ def evaluate(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool evaluate --checkpoint logs/RUN/quantized_checkpoint.pth.tar /data/imagenet
     """
-    from qtool.pipeline import runs
-
-    _print(runs.evaluate(_config(config_file, flags)).text)
+    _print(_pipeline().evaluate(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)
@@ -197,6 +219,4 @@ def layers(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool layers -a resnet18 --qe-no-quant-layers conv1,fc
     """
-    from qtool.pipeline import runs
-
-    _print(runs.list_layers(_config(config_file, flags)))
+    _print(_pipeline().list_layers(_config(config_file, flags)))

@@ -43,7 +43,7 @@ print("torch" in sys.modules, "torchvision" in sys.modules, "scipy" in sys.modul
 def parsed(*args: str) -> dict[str, object]:
     """The values that quantize takes from its arguments, without the options that were not given."""
     params = main.commands["quantize"].make_context("quantize", list(args)).params
-    return {name: value for name, value in params.items() if value not in (None, (), False)}
+    return {name: value for name, value in params.items() if value not in (None, ()) and value is not False}
 
 
 def python(*args: str, **streams: object) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,9 @@ def test_per_channel_flag_has_a_short_spelling():
     assert parsed("--qepc") == parsed("--qe-per-channel") == {"per_channel_weights": True}
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "qtool")
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "qtool"
+)
 def test_help_shows_an_example_without_importing_torch(command):
     done = python("-c", HELP_SCRIPT, *command, "--help", capture_output=True)
     *text, imported = done.stdout.splitlines()

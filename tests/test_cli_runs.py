@@ -33,7 +33,9 @@ def results(folder: Path) -> dict:
 
 def without_speed(record: dict) -> dict:
     return {
-        key: {k: v for k, v in value.items() if k != "images_per_second"} if isinstance(value, dict) else value
+        key: {k: v for k, v in value.items() if k != "images_per_second"}
+        if isinstance(value, dict)
+        else value
         for key, value in record.items()
     }
 
@@ -187,7 +189,9 @@ def test_calibration_on_evaluation_images_is_said(run_cli):
 
 
 def test_four_bits_lose_more_than_eight(quantized, tmp_path):
-    folder = run_folder(tmp_path, "quantize", *QUICK, "--qem", "asym_u", "--qepc", "--qebw", "4", "--qeba", "4")
+    folder = run_folder(
+        tmp_path, "quantize", *QUICK, "--qem", "asym_u", "--qepc", "--qebw", "4", "--qeba", "4"
+    )
     params = yaml.safe_load((folder / PARAMS).read_text())
     assert params["conv1"]["weight"]["num_bits"] == params["conv1"]["output"]["num_bits"] == 4
     # Four bits of both weights and activations are worth about 24 dB.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qtool.config.sections import QuantizeConfig
 from qtool.errors import ConfigError, nearest
-from qtool.numerics.spec import ACIQ_MAX_BITS, ClipSpec, LayerSpec, QuantSpec
+from qtool.numerics.spec import ACIQ_MAX_BITS, ClipSpec, InputSpec, LayerSpec, QuantSpec
 
 
 def split_patterns(values: Sequence[str]) -> list[str]:
@@ -83,8 +84,8 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
 def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, LayerSpec]:
     """What is asked of every layer.
 
-    The first override whose pattern matches a layer holds, over the settings for all layers; then
-    no_clip_layers, then no_quant_layers.
+    Over the settings for all layers, an override holds whose pattern is the layer's very name, else
+    the first whose pattern matches; then no_clip_layers, then no_quant_layers.
 
     Args:
         config: checked by check.
@@ -106,7 +107,9 @@ def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Layer
                 problems.append(str(error))
         return found
 
-    for pattern, matched in each(list(config.overrides)):
+    # Distiller's files rely on a literal name to win over an expression that stands before it.
+    literal_first = sorted(config.overrides, key=lambda pattern: pattern not in settings)
+    for pattern, matched in each(literal_first):
         for name in matched:
             if name not in overridden:
                 settings[name] = replace(config, **config.overrides[pattern])
@@ -127,11 +130,32 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         return QuantSpec.from_mode(mode or settings.mode, bits, axis) if bits else None
 
     axis = 0 if settings.per_channel_weights else None
+    clip = ClipSpec(settings.clip_activations, settings.clip_n_stds, settings.clip_half_range)
     return LayerSpec(
         weight=grid(settings.mode_weights, settings.bits_weights, axis),
         output=grid(settings.mode_activations, settings.bits_activations),
-        clip=ClipSpec(settings.clip_activations, settings.clip_n_stds),
+        inputs={i: _input_spec(settings, s) for i, s in settings.input_overrides.items()},
+        input_fallback=settings.inputs_quant_auto_fallback,
+        quantize_inputs=settings.quantize_inputs,
+        clip=clip,
+        weight_clip=replace(clip, half_range=False) if settings.also_clip_weights else None,
+        float_bits=settings.fpq_module,
+        fake=settings.fake,
+        identity=settings.make_identity,
+        keep_float_weight=settings.save_fp_weights,
         accum_bits=settings.bits_accum,
         accum_float64=settings.accum_dtype == "float64",
         scale_approx_bits=settings.scale_approx_bits,
     )
+
+
+def _input_spec(settings: QuantizeConfig, given: Mapping[str, Any]) -> InputSpec:
+    """The settings of one input: those given, over those of the layer's output."""
+    own = {k: v for k, v in given.items() if k != "from_output"}
+    if "mode" in own:
+        own["mode_activations"] = own["mode"]
+    merged = replace(settings, **own)
+    mode, bits = merged.mode_activations or merged.mode, merged.bits_activations
+    if bits == 0:
+        raise ConfigError("input_overrides: an input needs 2 to 16 bits; its layer has bits_activations 0")
+    return InputSpec(QuantSpec.from_mode(mode, bits), ClipSpec(merged.clip_activations, merged.clip_n_stds))

@@ -2,152 +2,229 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
+from qtool.config.distiller import OLD_KEYS, QUANTIZER_CLASS, as_settings, find_quantizer
 from qtool.config.options import Numbers, Option, Shape, is_path, options_of
-from qtool.config.sections import OVERRIDABLE, SECTIONS, Config
+from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, Config, QuantizeConfig
+from qtool.config.yaml_file import Lines, parse
 from qtool.errors import ConfigError, nearest
 
-Lines = dict[tuple[str, ...], int]
+LOG = logging.getLogger("qtool")
 
-# Where null is Distiller's spelling of "stays in float".
-BITS = ("bits_activations", "bits_weights")
+Place = tuple[str, ...]
 
 
-def load_config(path: Path | None = None, /, **flags: Any) -> Config:
+def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = None, **flags: Any) -> Config:
     """Read a YAML file and lay flags over it.
 
     Args:
         path: the file; None for none.
+        quantizer_file: a file whose quantizer takes the place of path's, in Distiller's form.
         flags: values of options by field name; None and () mean "not given".
 
     Raises:
         ConfigError: with every problem of the file, one line each: file, line, key, what was found.
     """
-    values = {section: {} for section in SECTIONS} if path is None else _read(path)
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if path is not None:
+        values |= read_sections(path)
+    if quantizer_file is not None:
+        values["quantizers"] = _read_quantizer(quantizer_file)
     for section, cls in SECTIONS.items():
-        for name, _, _ in options_of(cls):
-            if flags.get(name) not in (None, ()):
-                values[section][name] = flags[name]
+        for name, _, described in options_of(cls):
+            if flags.get(name) in (None, ()):
+                continue
+            in_file = values[section].get(name, flags[name])
+            if in_file != flags[name]:
+                LOG.info("%s %s wins over %s in the file", described.flags[-1:], flags[name], in_file)
+            values[section][name] = flags[name]
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    tree, lines = _parse(path)
-    problems: list[tuple[int, str]] = []
+def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """The values that a file gives, by section and option.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    tree, lines = parse(path)
+    reader = Reader(path, lines)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, body in tree.items():
         if section not in SECTIONS:
-            problems.append(
-                (lines.get((section,), 1), f"unknown section {section!r}{nearest(section, SECTIONS)}")
-            )
-        elif body is None:
-            continue
-        elif not isinstance(body, dict):
-            problems.append(
-                (lines.get((section,), 1), f"{section}: found {body!r}; a mapping of settings is wanted")
-            )
-        else:
-            _read_section(section, body, path.parent, values[section], lines, problems)
-    if problems:
-        raise ConfigError("\n".join(f"{path}:{line}: {text}" for line, text in sorted(problems)))
+            reader.note((section,), f"unknown section {section!r}{nearest(section, SECTIONS)}")
+        elif isinstance(body, dict):
+            values[section] = reader.section(section, body)
+        elif body is not None:
+            reader.note((section,), f"{section}: found {body!r}; a mapping of settings is wanted")
+    reader.finish()
     return values
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], Lines]:
-    """The file as plain values, and the line of every key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines: Lines = {}
-        _note_lines(yaml.compose(text, Loader=yaml.SafeLoader), (), lines, path)
-        tree = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file; a YAML file is wanted") from error
-    # A wrong tag, such as `!!int ""`, ends in a LookupError or AttributeError.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: found {type(tree).__name__}; sections {', '.join(SECTIONS)} are wanted")
-    return {str(k): v for k, v in (tree or {}).items()}, lines
+def _read_quantizer(path: Path) -> dict[str, Any]:
+    """The quantizer of a file: Distiller's component, or the section `quantizers` of qtool's own form."""
+    tree, lines = parse(path)
+    reader = Reader(path, lines)
+    found = find_quantizer(tree)
+    if found is None and isinstance(tree.get("quantizers"), dict):
+        found = ("quantizers",), tree["quantizers"]
+    if found is None:
+        raise ConfigError(
+            f"{path}: no quantizer found; a component with class: {QUANTIZER_CLASS}, or a section "
+            "'quantizers', is wanted"
+        )
+    values = reader.quantizer(found[1], found[0])
+    reader.finish()
+    return values
 
 
-def _note_lines(node: yaml.Node | None, prefix: tuple[str, ...], lines: Lines, path: Path) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        place = (*prefix, str(key.value))
-        line = key.start_mark.line + 1
-        if place in lines:
-            raise ConfigError(
-                f"{path}:{line}: key {place[-1]!r} stands a second time; the first is in line {lines[place]}"
-            )
-        lines[place] = line
-        _note_lines(value, place, lines, path)
+class Reader:
+    """Turns the mappings of one file to checked values, and gathers what is wrong with it."""
 
+    def __init__(self, path: Path, lines: Lines) -> None:
+        self.path = path
+        self.lines = lines
+        self.problems: list[tuple[int, str]] = []
 
-def _read_section(
-    section: str,
-    body: Mapping[Any, Any],
-    folder: Path,
-    values: dict[str, Any],
-    lines: Lines,
-    problems: list[tuple[int, str]],
-) -> None:
-    known = {name: described for name, _, described in options_of(SECTIONS[section])}
-    allowed = [f.name for f in fields(SECTIONS[section])]
-    for raw_key, value in body.items():
-        key = str(raw_key)
-        value = 0 if value is None and key in BITS else value
-        line = lines.get((section, key), 1)
+    def note(self, place: Place, text: str) -> None:
+        """Remember a problem at a place of the file."""
+        self.problems.append((self.lines.get(place, 1), text))
+
+    def finish(self) -> None:
+        """Report all problems together.
+
+        Raises:
+            ConfigError: if there are any.
+        """
+        if self.problems:
+            texts = (f"{self.path}:{line}: {text}" for line, text in sorted(self.problems))
+            raise ConfigError("\n".join(dict.fromkeys(texts)))
+
+    def section(self, name: str, body: Mapping[Any, Any]) -> dict[str, Any]:
+        """The values of one section."""
+        if name != "quantizers":
+            known = {n: d for n, _, d in options_of(SECTIONS[name])}
+            return self.settings(body, (name,), name, known)
+        found = find_quantizer({name: body})
+        if found is not None and len(body) > 1:
+            self.note((name,), f"{name}: more than one quantizer; one is wanted")
+        return self.quantizer(*reversed(found)) if found else self.quantizer(body, (name,))
+
+    def quantizer(self, body: Mapping[Any, Any], place: Place) -> dict[str, Any]:
+        """The values of a quantizer, in qtool's or Distiller's spelling."""
+        known = {n: d for n, _, d in options_of(QuantizeConfig) if not d.layer_only}
+        plain = {k: v for k, v in body.items() if k not in ("overrides", "class")}
+        values = self.settings(plain, place, place[0], known)
+        if body.get("class", QUANTIZER_CLASS) != QUANTIZER_CLASS:
+            self.note((*place, "class"), f"class: found {body['class']!r}; {QUANTIZER_CLASS} is wanted")
+        if body.get("overrides") is not None:
+            values["overrides"] = self._overrides(body["overrides"], (*place, "overrides"))
+        return values
+
+    def _overrides(self, tree: Any, place: Place) -> dict[str, dict[str, Any]]:
+        if not isinstance(tree, dict):
+            found = type(tree).__name__
+            self.note(place, f"overrides: found {found}; a mapping of layer patterns to settings is wanted")
+            return {}
+        known = {n: d for n, _, d in options_of(QuantizeConfig) if n in OVERRIDABLE}
+        values: dict[str, dict[str, Any]] = {}
+        for pattern, settings in tree.items():
+            here, where = (*place, str(pattern)), f"overrides.{pattern}"
+            if not isinstance(settings, dict):
+                self.note(here, f"{where}: a mapping of settings is wanted")
+                continue
+            plain = {k: v for k, v in settings.items() if k != "input_overrides"}
+            values[str(pattern)] = self.settings(plain, here, where, known, keep_null=True)
+            if settings.get("input_overrides") is not None:
+                inputs = self._inputs(settings["input_overrides"], (*here, "input_overrides"), where)
+                values[str(pattern)]["input_overrides"] = inputs
+        return values
+
+    def _inputs(self, tree: Any, place: Place, where: str) -> dict[int, dict[str, Any]]:
+        """Settings for single inputs of a layer: number -> from_output, or bits, mode and clipping."""
+        where = f"{where}.input_overrides"
+        if not isinstance(tree, dict):
+            self.note(place, f"{where}: a mapping of input numbers to settings is wanted")
+            return {}
+        known = {n: d for n, _, d in options_of(QuantizeConfig) if n in INPUT_SETTINGS}
+        values: dict[int, dict[str, Any]] = {}
+        for index, settings in tree.items():
+            here = (*place, str(index))
+            if not str(index).isdigit() or not isinstance(settings, dict):
+                self.note(here, f"{where}.{index}: an input number (0, 1, ...) with a mapping is wanted")
+            elif settings.get("from_output") is True:
+                values[int(index)] = {"from_output": True}
+            else:
+                plain = {k: v for k, v in settings.items() if k != "from_output"}
+                values[int(index)] = self.settings(plain, here, f"{where}.{index}", known)
+        return values
+
+    def settings(
+        self,
+        body: Mapping[Any, Any],
+        place: Place,
+        where: str,
+        known: Mapping[str, Option],
+        keep_null: bool = False,
+    ) -> dict[str, Any]:
+        """Checked values by qtool's own names; null is absent, unless it is to be kept."""
+        values: dict[str, Any] = {}
+        for raw_key, raw_value in body.items():
+            key = str(raw_key)
+            here = (*place, key)
+            for name, value in as_settings(key, raw_value):
+                described = known.get(name)
+                if described is None:
+                    self.note(here, f"{where}: {self._why_unknown(key, name, known)}")
+                elif value is None:
+                    values |= {name: None} if keep_null and described.nullable else {}
+                else:
+                    try:
+                        values[name] = self._value(described, value)
+                    except _Problem as problem:
+                        self.note(here, f"{where}.{key}: {problem}")
+        return values
+
+    @staticmethod
+    def _why_unknown(key: str, name: str, known: Mapping[str, Option]) -> str:
+        if key in OLD_KEYS:
+            return f"key {key!r} is an old spelling; write {OLD_KEYS[key]!r}"
+        everywhere = {n: d for n, _, d in options_of(QuantizeConfig)}
+        if name in everywhere and everywhere[name].layer_only:
+            return f"key {key!r} is a setting of single layers; put it under 'overrides'"
+        if name in everywhere:
+            return f"key {key!r} cannot be set here; {', '.join(known)} can"
+        return f"unknown key {key!r}{nearest(key, known)}"
+
+    def _value(self, described: Option, value: Any) -> Any:
+        parsed = _convert(described, value)
+        return self._located(parsed) if is_path(described) else parsed
+
+    def _located(self, path: Path) -> Path:
+        """A relative path is looked up beside the file, then in the working directory.
+
+        Distiller's examples name their statistics by a path in its own source tree: where that
+        leads nowhere, a file of the same name beside the YAML file is meant.
+        """
         try:
-            if key == "overrides" and "overrides" in allowed:
-                values[key] = _read_overrides(value, lines, problems)
-            elif key not in known:
-                raise _Problem(f"unknown key {key!r}{nearest(key, allowed)}")
-            elif value is not None:
-                parsed = _convert(known[key], value)
-                values[key] = _beside(parsed, folder) if is_path(known[key]) else parsed
-        except _Problem as problem:
-            problems.append(
-                (line, f"{section}.{key}: {problem}" if key in allowed else f"{section}: {problem}")
-            )
-
-
-def _read_overrides(tree: Any, lines: Lines, problems: list[tuple[int, str]]) -> dict[str, dict[str, Any]]:
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise _Problem(f"found {type(tree).__name__}; a mapping of layer patterns to settings is wanted")
-    known = {n: d for n, _, d in options_of(SECTIONS["quantizers"]) if n in OVERRIDABLE}
-    nullable = {n for n, default, _ in options_of(SECTIONS["quantizers"]) if default is None}
-    found: dict[str, dict[str, Any]] = {}
-    for pattern, settings in ((str(k), v) for k, v in tree.items()):
-        where = ("quantizers", "overrides", pattern)
-        if not isinstance(settings, dict):
-            problems.append((lines.get(where, 1), f"overrides.{pattern}: a mapping of settings is wanted"))
-            continue
-        found[pattern] = {}
-        for key, value in ((str(k), v) for k, v in settings.items()):
-            value = 0 if value is None and key in BITS else value
-            try:
-                if key not in known:
-                    raise _Problem(f"unknown key {key!r}{nearest(key, known)}")
-                if value is not None:
-                    found[pattern][key] = _convert(known[key], value)
-                elif key in nullable:
-                    found[pattern][key] = None
-            except _Problem as problem:
-                at = f"overrides.{pattern}.{key}" if key in known else f"overrides.{pattern}"
-                problems.append((lines.get((*where, key), 1), f"{at}: {problem}"))
-    return found
+            if path.is_absolute() or (path == Path(path.name) and not (self.path.parent / path).exists()):
+                return path
+            for candidate in (self.path.parent / path, path, self.path.parent / path.name):
+                if candidate.exists():
+                    if candidate.name == path.name and candidate == self.path.parent / path.name != path:
+                        LOG.info("%s: taking %s for %s", self.path, candidate, path)
+                    return candidate
+        except (OSError, ValueError):  # a name too long; whoever opens the file says so
+            pass
+        return path
 
 
 class _Problem(Exception):
@@ -178,20 +255,13 @@ def _convert_text(described: Option, value: Any) -> Any:
         raise _Problem(f"cannot be used: {error}") from error
 
 
-def _beside(path: Path, folder: Path) -> Path:
-    """A relative path is looked up beside the YAML file, then in the working directory."""
-    try:
-        return folder / path if not path.is_absolute() and (folder / path).exists() else path
-    except OSError:  # a name too long; whoever opens the file says so
-        return path
-
-
 def dump_config(config: Config) -> str:
     """The text of a YAML file that reproduces the run, every option written out, paths absolute."""
     tree: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
+        layer_only = {n for n, _, d in options_of(SECTIONS[section]) if d.layer_only} | {"input_overrides"}
         values = asdict(getattr(config, section))
-        tree[section] = {name: _plain(value) for name, value in values.items()}
+        tree[section] = {name: _plain(v) for name, v in values.items() if name not in layer_only}
     return yaml.safe_dump(tree, sort_keys=False)
 
 

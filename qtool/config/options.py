@@ -23,6 +23,8 @@ class Option:
         multiple: whether the flag may be repeated; in YAML, a list.
         metavar: what the help shows for the value.
         shown_default: what the help shows for a default of None.
+        layer_only: whether it makes sense for single layers only, in an override.
+        nullable: whether None is a value of its own.
     """
 
     type: click.ParamType[Any]
@@ -31,6 +33,8 @@ class Option:
     multiple: bool = False
     metavar: str | None = None
     shown_default: str | None = None
+    layer_only: bool = False
+    nullable: bool = False
 
     @property
     def is_flag(self) -> bool:
@@ -46,9 +50,11 @@ def option(
     multiple: bool = False,
     metavar: str | None = None,
     shown_default: str | None = None,
+    layer_only: bool = False,
 ) -> Any:
     """Declare a dataclass field that is an option."""
-    described = Option(type, help, flags, multiple, metavar, shown_default)
+    nullable = default is None and not layer_only
+    described = Option(type, help, flags, multiple, metavar, shown_default, layer_only, nullable)
     return field(default=default, metadata={"option": described})
 
 
@@ -69,6 +75,17 @@ class Bits(click.ParamType[int]):
         if number != 0 and not MIN_BITS <= number <= MAX_BITS:
             self.fail(f"{number} is not 0 (float) or in the range {MIN_BITS}<=x<={MAX_BITS}.", param, ctx)
         return int(number)
+
+
+class FloatBits(click.ParamType[int]):
+    """The width of a float type: 16, 32 or 64."""
+
+    name = "16|32|64"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if str(value) not in ("16", "32", "64"):
+            self.fail(f"{value!r} is not one of 16, 32, 64.", param, ctx)
+        return int(value)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qtool.config.options import FILE, Bits, Numbers, PositiveFloat, Shape, option
+from qtool.config.options import FILE, Bits, FloatBits, Numbers, PositiveFloat, Shape, option
 from qtool.numerics.spec import CLIP_MODES, MODES
 
 DATASETS = ("folder", "imagenet", "cifar10", "cifar100", "mnist", "fashion-mnist", "npz", "digits")
@@ -200,7 +200,34 @@ class QuantizeConfig:
     stats_file: Path | None = option(
         None, FILE, "Activation statistics from an earlier calibration.", "--qe-stats-file"
     )
+    save_fp_weights: bool = option(
+        False,
+        click.BOOL,
+        "Keep the float weights in the checkpoint, beside the integers.",
+        "--qe-save-fp-weights",
+    )
+    clip_half_range: bool = option(
+        False, click.BOOL, "Treat every output as if it went through a ReLU, and apply one."
+    )
+    also_clip_weights: bool = option(False, click.BOOL, "Clip weights as activations are clipped.")
+    inputs_quant_auto_fallback: bool = option(
+        True, click.BOOL, "Quantize inputs that arrive in float by the settings of the output."
+    )
+    fpq_module: int | None = option(
+        None, FloatBits(), "Run layers in a float type of 16, 32 or 64 bits in place of integers."
+    )
+    fake: bool | None = option(
+        None, click.BOOL, "With fpq_module: whether the output is put on a grid.", layer_only=True
+    )
+    make_identity: bool = option(False, click.BOOL, "Replace the layer by nothing.", layer_only=True)
+    quantize_inputs: bool = option(
+        True,
+        click.BOOL,
+        "Whether a layer that computes in float puts its float inputs on a grid.",
+        layer_only=True,
+    )
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    input_overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # What an override may set for the layers that its pattern matches.
@@ -214,9 +241,17 @@ OVERRIDABLE = (
     "accum_dtype",
     "clip_activations",
     "clip_n_stds",
+    "clip_half_range",
     "per_channel_weights",
     "scale_approx_bits",
+    "inputs_quant_auto_fallback",
+    "fpq_module",
+    "fake",
+    "make_identity",
+    "quantize_inputs",
 )
+# What input_overrides, inside an override, may set for one input.
+INPUT_SETTINGS = ("bits_activations", "mode", "clip_activations", "clip_n_stds")
 
 
 @dataclass(frozen=True)

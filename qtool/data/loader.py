@@ -1,6 +1,7 @@
 """Images in batches, read by worker processes; the batches do not depend on how many."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -103,6 +104,18 @@ def make_loader(
     return Loader(dataset, chosen, batch_size, workers)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from its threads, which slow down work on one image, and hang in a forked process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def _read_batch(dataset: ImageDataset, indices: list[int]) -> _Read:
     good: list[Sample] = []
     bad: dict[int, str] = {}

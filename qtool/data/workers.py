@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
-
+from qtool.data.pipes import receive, send
 from qtool.errors import DataError
 
 Item = TypeVar("Item")
@@ -31,7 +30,7 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
     out of that or of open files here.
 
     Args:
-        function: should raise no exception; picklable where processes are not forked.
+        function: may not start threads where processes are forked; picklable where processes are not forked.
         items: what to call it on.
         workers: how many processes; 0 calls the function in this one.
 
@@ -78,19 +77,18 @@ def _start(function: Callable[[Item], Result], items: Sequence[Item]) -> tuple[B
 def _work(sender: Connection, function: Callable[[Item], Result], items: Sequence[Item]) -> None:
     """What a worker does; it leaves Ctrl-C, which a terminal sends to every process, to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     try:
         for item in items:
-            sender.send(function(item))
+            send(sender, function(item))
     except BrokenPipeError:  # the parent is gone
         return
     except Exception:
-        sender.send(_Traceback(traceback.format_exc()))
+        send(sender, _Traceback(traceback.format_exc()))
 
 
-def _receive(process: BaseProcess, connection: Connection) -> Result:
+def _receive(process: BaseProcess, connection: Connection) -> Any:
     try:
-        received = connection.recv()
+        received = receive(connection)
     except (EOFError, OSError) as error:
         process.join()
         code = process.exitcode or 0
@@ -101,8 +99,7 @@ def _receive(process: BaseProcess, connection: Connection) -> Result:
         ) from error
     if isinstance(received, _Traceback):
         raise RuntimeError(f"in a process that reads images:\n{received}")
-    result: Result = received
-    return result
+    return received
 
 
 @contextmanager

@@ -67,6 +67,11 @@ SPELLINGS = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "clip": "clamp",
+    "mm": "matmul",
+    "bmm": "matmul",
+    "masked_softmax": "softmax",
+    "take_steps": "unbind",
+    "new_zeros": "zeros_like",
 }
 
 # In evaluation these give back their input: the grid of a quantized value survives them.
@@ -84,6 +89,7 @@ MOVES = frozenset(
         *("chunk", "split", "unbind", "tensor_split", "split_with_sizes"),
         *("to", "float", "double", "half", "type", "type_as", "cpu", "cuda", "getattr"),
         *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+        *("slice", "alias", "to_copy", "zeros_like"),
     }
 )
 SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split", "split_with_sizes"})
@@ -119,7 +125,7 @@ def function_name(target: Callable[..., Any] | str) -> str:
     """The plain name of what a call_function or call_method node calls: add, relu, flatten."""
     if not isinstance(target, str):
         target = getattr(_OPERATORS_IN_PLACE.get(target, target), "__name__", type(target).__name__)
-    name = target.strip("_")
+    name = target.split(".")[0].strip("_")  # operators of torch.export are called relu_.default
     return SPELLINGS.get(name, name)
 
 

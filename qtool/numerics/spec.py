@@ -6,6 +6,7 @@ options without loading torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -128,32 +129,50 @@ class ClipSpec:
 
 
 @dataclass(frozen=True)
+class InputSpec:
+    """What is asked of one input that arrives in float."""
+
+    grid: QuantSpec
+    clip: ClipSpec = field(default_factory=ClipSpec)
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What is asked of one layer; None means "stays in float".
 
     Args:
         weight: grid of the weights, for the layers that have any.
         output: grid of the outputs.
-        input: grid of inputs that arrive in float; None takes the output's grid.
+        inputs: for single inputs that arrive in float, by number; the others take the output's settings.
+        input_fallback: whether they may; otherwise a float input without an entry is an error.
+        quantize_inputs: whether a layer that computes in float puts its float inputs on a grid.
         clip: how the range of outputs and of fresh inputs is chosen.
         accum_bits: width of the accumulator, and of the bias.
         accum_float64: whether sums are accumulated in float64 rather than float32.
         scale_approx_bits: bits of the integer multiplier that replaces a float scale, or None.
         output_range: (min, max) of the output, in place of one chosen from statistics.
         weight_range: (min, max) of a weight that is quantized per tensor, in place of its own.
+        weight_clip: how the range of weights is chosen; None is by their smallest and largest value.
+        float_bits: run the layer in a float type of so many bits, and not on integers.
+        fake: with float_bits, whether the output is put on a grid; None: only where there is no
+            integer computation.
+        identity: replace the layer by nothing.
+        keep_float_weight: whether the float weight stays beside the integers.
     """
 
     weight: QuantSpec | None = None
     output: QuantSpec | None = None
-    input: QuantSpec | None = None
+    inputs: Mapping[int, InputSpec] = field(default_factory=dict)
+    input_fallback: bool = True
+    quantize_inputs: bool = True
     clip: ClipSpec = field(default_factory=ClipSpec)
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
     output_range: tuple[float, float] | None = None
     weight_range: tuple[float, float] | None = None
-
-    @property
-    def input_grid(self) -> QuantSpec | None:
-        """The grid of an input that arrives in float."""
-        return self.input or self.output
+    weight_clip: ClipSpec | None = None
+    float_bits: int | None = None
+    fake: bool | None = None
+    identity: bool = False
+    keep_float_weight: bool = False

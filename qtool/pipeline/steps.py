@@ -140,8 +140,9 @@ def evaluate(
 
 def _summarize(labels: Tensor, logits: Tensor, seconds: float, indices: Tensor | None) -> Result:
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        wrong = int(labels.min() if int(labels.min()) < 0 else labels.max())
         raise DataError(
-            f"label {int(labels.max())} has no output: the network has {logits.shape[1]}; "
+            f"label {wrong} has no output: the network has {logits.shape[1]}; "
             "check the class list and the number of classes"
         )
     losses = F.cross_entropy(logits.double(), labels, reduction="none")
@@ -189,8 +190,9 @@ def _batches(
     for item in shown:
         item = transform(item) if transform else item
         images, others = (item, []) if isinstance(item, Tensor) else (item[0], list(item[1:]))
-        count += len(images)
-        yield images, others
+        if len(images):
+            count += len(images)
+            yield images, others
     if count == 0:
         raise DataError("no images: the data set, or the part of it that was asked for, is empty")
 

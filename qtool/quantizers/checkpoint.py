@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import ModelError
-from qtool.graph.fold import fold_batch_norms
-from qtool.graph.trace import trace
+from qtool.graph.fold import fold_batch_norms, output_channels_first
+from qtool.graph.trace import layers, trace
 from qtool.numerics.spec import QParams, QuantSpec
 from qtool.quantizers import plan as plans
 from qtool.quantizers.plan import LayerPlan, ModelPlan
@@ -82,6 +82,13 @@ def from_checkpoint(content: dict[str, Any], architecture: nn.Module, example: T
             f"a quantized model of another network: {len(different)} layer names differ, "
             f"such as {different[0]!r}"
         )
+    for name, _, module in layers(folded.traced):
+        stored = plan.layers[name].weight_q
+        if stored is not None and stored.shape != output_channels_first(module).shape:
+            raise ModelError(
+                f"a quantized model of another network: layer {name!r} has weights of shape "
+                f"{tuple(stored.shape)}"
+            )
     try:
         model = build(folded, plan)
         missing, unexpected = model.network.load_state_dict(content["float_state"], strict=False)

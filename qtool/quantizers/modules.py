@@ -84,9 +84,9 @@ class Requantize(nn.Module):
         channel_axis: int = 1,
     ) -> None:
         super().__init__()
-        ratio = accum_scale.double() / output.scale.double()
+        ratio = exact_ratio(accum_scale.double() / output.scale.double())
         if scale_approx_bits is not None:
-            ratio = approximate_ratio(ratio, scale_approx_bits)
+            ratio = approximate_multiplier(ratio, scale_approx_bits)
         self.register_buffer("ratio", along_axis(ratio.float(), channel_axis, num_dims), persistent=False)
         self.low, self.high = output_limits(output, activation)
         self.grid = Grid(output)
@@ -96,13 +96,15 @@ class Requantize(nn.Module):
         return accumulator.mul_(self.ratio).round_().clamp_(self.low, self.high)
 
 
-def approximate_ratio(ratio: Tensor, num_bits: int) -> Tensor:
-    """approximate_multiplier for a float64 ratio of scales.
+def exact_ratio(ratio: Tensor) -> Tensor:
+    """A float64 ratio of scales without the rounding of the scales to float32, where that shows.
 
-    Scales are reciprocals rounded to float32, a ratio of up to four of them is off by 2^-22; one that
-    num_bits hold exactly must not fall to the multiplier below for that.
+    The ratio of approximated scales is often a short binary fraction such as 1/2. Then every second
+    integer is a tie, and a multiplier holds it exactly: rounding must not decide those.
     """
-    return approximate_multiplier(ratio * (1 + 2**-22), num_bits)
+    mantissa, exponent = torch.frexp(ratio)
+    short = torch.ldexp(torch.round(mantissa * 2**16), exponent - 16)
+    return torch.where((short - ratio).abs() < ratio * 2**-22, short, ratio)
 
 
 def output_limits(output: QParams, activation: str | None) -> tuple[float, float]:
@@ -214,7 +216,7 @@ class _Rescaling(nn.Module):
     ) -> None:
         super().__init__()
         self.accum_bits = accum_bits
-        self.ratios = [float(q.scale.double() / output.scale.double()) for q in inputs]
+        self.ratios = [float(exact_ratio(q.scale.double() / output.scale.double())) for q in inputs]
         self.low, self.high = output_limits(output, activation)
         self.grid = Grid(output)
 
@@ -274,3 +276,28 @@ class FakeQuantize(nn.Module):
         x: Tensor = self.operation(*args, **kwargs)
         # Division makes a new tensor: the operation may have given back a view of its input.
         return (x / self.grid.scale).round_().clamp_(self.low, self.high)
+
+
+FLOAT_TYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
+
+
+class Cast(nn.Module):
+    """An operation in a float type of its own; it takes and gives float32."""
+
+    def __init__(self, operation: nn.Module, float_bits: int) -> None:
+        super().__init__()
+        self.dtype = FLOAT_TYPES[float_bits]
+        # A copy: the operation may be that of the caller's float network.
+        self.operation = copy.deepcopy(operation).to(self.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _cast(self.operation(*_cast(args, self.dtype), **_cast(kwargs, self.dtype)), torch.float32)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """All float tensors in a nest of tuples, lists and dicts, in another type."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

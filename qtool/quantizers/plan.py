@@ -21,9 +21,9 @@ from qtool.graph.neighbours import edit_stats, fused_activations
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize, qparams_from_range, quantize
 from qtool.numerics.clipping import choose_range, range_of_tensor
-from qtool.numerics.spec import ClipSpec, LayerSpec, QParams, QuantSpec
+from qtool.numerics.spec import ClipSpec, InputSpec, LayerSpec, QParams, QuantSpec
 from qtool.observers.stats import ActivationStats, ModelStats
-from qtool.quantizers.modules import approximate_ratio
+from qtool.quantizers.modules import exact_ratio
 
 # What can be done with a layer.
 INTEGER = "integer"  # computes on integers
@@ -32,6 +32,7 @@ WEIGHTS_ONLY = "weights only"  # weights went through a grid, computes in float
 EMBEDDING = "embedding"  # rows of an integer table
 IDENTITY = "identity"  # a ReLU that the layer in front of it computes
 FLOAT = "float"  # stays as it was
+CAST = "cast"  # runs in a float type of its own
 
 NOT_ASKED = "not asked for"  # the note of a layer that was to stay in float
 
@@ -61,6 +62,8 @@ class LayerPlan:
         accum_bits: width of the accumulator.
         accum_float64: whether the simulation accumulates in float64.
         scale_approx_bits: of the requantization ratio.
+        float_bits: width of the float type that the operation runs in, None for float32.
+        float_weight: the float weight, output channels first, where it was to be kept.
         note: why the layer is not quantized as asked, in words, or "".
     """
 
@@ -77,6 +80,8 @@ class LayerPlan:
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
+    float_bits: int | None = None
+    float_weight: Tensor | None = None
     note: str = ""
 
 
@@ -104,9 +109,8 @@ def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, La
 
 
 def quantizes_output(node: fx.Node, spec: LayerSpec | None) -> bool:
-    """Whether a layer's output is put on a grid of its own."""
-    single = ops.is_float_tensor(node.meta["value"])
-    return single and spec is not None and spec.output is not None and node.meta["op"] != "embedding"
+    """Whether a layer's output is put on a grid that activation ranges decide."""
+    return layer_kind(node, spec, fused_away=False)[0] in (INTEGER, FAKE)
 
 
 def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple[str, str]:
@@ -120,6 +124,11 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
     op: str = node.meta["op"]
     if fused_away:
         return IDENTITY, ""
+    if spec is not None and spec.identity:
+        same = len(tensor_inputs(node)) == 1 and _same_shape(tensor_inputs(node)[0], node)
+        return (IDENTITY, "") if same else (FLOAT, "cannot be left out: its output has another shape")
+    if spec is not None and spec.float_bits is not None:
+        return _float_kind(op, spec)
     if spec is None or (spec.output is None and spec.weight is None):
         return FLOAT, NOT_ASKED
     if not ops.is_float_tensor(node.meta["value"]):
@@ -133,6 +142,18 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
     return (INTEGER if op in INTEGER_OPS and computes_only_tensors(node) else FAKE), ""
 
 
+def _float_kind(op: str, spec: LayerSpec) -> tuple[str, str]:
+    """What becomes of a layer that is to run in a float type of its own."""
+    on_integers = op in WEIGHTED or op in INTEGER_OPS or op == "embedding"
+    on_grid = spec.output is not None and (not on_integers if spec.fake is None else spec.fake)
+    return (FAKE if on_grid else CAST), ""
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    shapes = [getattr(n.meta["value"], "shape", None) for n in (a, b)]
+    return shapes[0] is not None and shapes[0] == shapes[1]
+
+
 class _Planner:
     """Walks the layers in the order of execution; grids holds the grid of every value so far."""
 
@@ -142,6 +163,7 @@ class _Planner:
         quantized = {n for n, node, _ in layers(traced) if quantizes_output(node, specs.get(n))}
         self.fused = fused_activations(traced, quantized)
         self.identities = {activation for activation, _ in self.fused.values()}
+        self.identities |= {n for n, node, _ in layers(traced) if self._is_left_out(n, node)}
         # A layer that becomes part of the one in front of it gives that one's values.
         self.stats = edit_stats(traced, stats, quantized)
         self.grids: dict[fx.Node, QParams | None] = {}
@@ -159,6 +181,9 @@ class _Planner:
             self.grids[node] = self._kept_grid(node) if plan.kind == IDENTITY else _grid_of_result(plan)
         return ModelPlan(self.plans, self.stats)
 
+    def _is_left_out(self, name: str, node: fx.Node) -> bool:
+        return layer_kind(node, self.specs.get(name), fused_away=False)[0] == IDENTITY
+
     def _kept_grid(self, node: fx.Node) -> QParams | None:
         """The grid of a value that was not computed: only the likes of dropout hand it on."""
         if node.meta["op"] in ops.KEEPS_GRID or node.meta.get("layer") in self.identities:
@@ -171,6 +196,8 @@ class _Planner:
         op: str = node.meta["op"]
         if spec is None or kind in (FLOAT, IDENTITY):
             return LayerPlan(kind, op, note=note)
+        if kind == CAST:
+            return LayerPlan(CAST, op, inputs=(None,) * len(tensor_inputs(node)), float_bits=spec.float_bits)
         if kind == EMBEDDING:
             return self._plan_embedding(name, node, module, spec)
         if kind == WEIGHTS_ONLY:
@@ -186,10 +213,10 @@ class _Planner:
         fresh = self._fresh_inputs(name, node, spec)
         grid = fresh[0] or self.grids[tensor_inputs(node)[0]]
         assert grid is not None
-        weight, weight_q = quantize_weight(name, module, spec.weight, spec.weight_range)
+        weight, weight_q = self._weight(name, module, spec)
         steps_per_unit = 1 / (grid.scale.double() * weight.scale.double())
         if spec.scale_approx_bits is not None:
-            steps_per_unit = approximate_ratio(steps_per_unit, spec.scale_approx_bits)
+            steps_per_unit = approximate_multiplier(exact_ratio(steps_per_unit), spec.scale_approx_bits)
         bias = getattr(module, "bias", None)
         bias_q = None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits)
         needed = accumulator_bits(grid, weight, weight_q, bias_q)
@@ -201,6 +228,7 @@ class _Planner:
             activation=self._activation(name),
             weight=weight,
             weight_q=weight_q,
+            float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
             bias_q=bias_q,
             note=f"its sums can need {needed} bits" if needed > spec.accum_bits else "",
             accum_scale=1 / steps_per_unit,
@@ -211,7 +239,7 @@ class _Planner:
 
     def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
-        weight, weight_q = quantize_weight(name, module, spec.weight, spec.weight_range)
+        weight, weight_q = self._weight(name, module, spec)
         bias = getattr(module, "bias", None)
         return LayerPlan(
             WEIGHTS_ONLY,
@@ -219,13 +247,17 @@ class _Planner:
             inputs=(None,) * len(tensor_inputs(node)),
             weight=weight,
             weight_q=weight_q,
+            float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
             bias=None if bias is None else fake_quantize_bias(bias, spec.accum_bits),
         )
 
     def _plan_embedding(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
         weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None))
-        return LayerPlan(EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q)
+        kept = output_channels_first(module).clone() if spec.keep_float_weight else None
+        return LayerPlan(
+            EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q, float_weight=kept
+        )
 
     def _plan_integer_op(self, name: str, node: fx.Node, spec: LayerSpec) -> LayerPlan:
         fresh = self._fresh_inputs(name, node, spec)
@@ -247,7 +279,7 @@ class _Planner:
 
     def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:
         # A convolution whose weights stay in float takes its inputs as they come.
-        takes_as_is = op in WEIGHTED
+        takes_as_is = (op in WEIGHTED and spec.float_bits is None) or not spec.quantize_inputs
         inputs = (None,) * len(tensor_inputs(node)) if takes_as_is else self._fresh_inputs(name, node, spec)
         return LayerPlan(
             FAKE,
@@ -255,22 +287,49 @@ class _Planner:
             inputs=inputs,
             output=self._output_grid(name, node, spec),
             activation=self._activation(name),
+            float_bits=spec.float_bits,
         )
 
+    def _weight(self, name: str, module: nn.Module, spec: LayerSpec) -> tuple[QParams, Tensor]:
+        assert spec.weight is not None
+        return quantize_weight(name, module, spec.weight, spec.weight_range, spec.weight_clip)
+
     def _activation(self, name: str) -> str | None:
-        return self.fused[name][1] if name in self.fused else None
+        if name in self.fused:
+            return self.fused[name][1]
+        spec = self.specs.get(name)
+        # Half range that the user asked for stands for a ReLU, as one in front of it would.
+        return "relu" if spec is not None and spec.clip.half_range else None
 
     def _fresh_inputs(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[QParams | None, ...]:
         """Grids for the inputs that arrive in float, from this layer's own records of them."""
-        assert spec.input_grid is not None
+        sources = tensor_inputs(node)
+        beyond = [i for i in spec.inputs if i >= len(sources)]
+        if beyond:
+            raise ConfigError(
+                f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(sources)} inputs, counted from 0"
+            )
+        return tuple(self._fresh_input(name, i, source, spec) for i, source in enumerate(sources))
+
+    def _fresh_input(self, name: str, index: int, source: fx.Node, spec: LayerSpec) -> QParams | None:
+        """The grid of one input, or None if it arrives on one."""
+        what = f"input {index} of layer {name!r}"
+        if self.grids[source] is not None:
+            if index in spec.inputs:
+                raise ConfigError(
+                    f"{what}: arrives quantized by the layer in front of it, and has an entry in "
+                    "input_overrides; remove that, or leave the layer in front in float"
+                )
+            return None
+        if index not in spec.inputs and not spec.input_fallback:
+            raise ConfigError(
+                f"{what}: arrives in float; quantize the layer in front of it, give the input an entry in "
+                "input_overrides, or set inputs_quant_auto_fallback to true"
+            )
+        assert spec.output is not None
         # What the output's clamp cuts off says nothing about the input: full range here.
-        clip = replace(spec.clip, half_range=False)
-        return tuple(
-            self._grid(f"input {i} of layer {name!r}", self.stats.input(name, i), spec.input_grid, clip, spec)
-            if self.grids[source] is None
-            else None
-            for i, source in enumerate(tensor_inputs(node))
-        )
+        asked = spec.inputs.get(index) or InputSpec(spec.output, replace(spec.clip, half_range=False))
+        return self._grid(what, self.stats.input(name, index), asked.grid, asked.clip, spec)
 
     def _output_grid(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
         assert spec.output is not None
@@ -324,18 +383,26 @@ def computes_only_tensors(node: fx.Node) -> bool:
 
 
 def quantize_weight(
-    name: str, module: nn.Module, spec: QuantSpec, weight_range: tuple[float, float] | None = None
+    name: str,
+    module: nn.Module,
+    spec: QuantSpec,
+    weight_range: tuple[float, float] | None = None,
+    clip: ClipSpec | None = None,
 ) -> tuple[QParams, Tensor]:
     """The grid and the integers of a layer's weight, output channels first.
 
     Raises:
-        ConfigError: if the weight holds NaN or infinity, or a range is given for a per-channel grid.
+        ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
+            per-channel grid.
     """
     weight = output_channels_first(module)
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
     if weight_range is None:
-        x_min, x_max = range_of_tensor(weight, spec)
+        try:
+            x_min, x_max = range_of_tensor(weight, spec, clip)
+        except ValueError as error:
+            raise ConfigError(f"layer {name!r}: its weight cannot be clipped: {error}") from error
     elif spec.axis is None:
         x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
     else:

@@ -16,6 +16,7 @@ from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers import plan as plans
 from qtool.quantizers.modules import (
+    Cast,
     Dequantize,
     FakeQuantize,
     QuantAdd,
@@ -235,7 +236,13 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
 
 def _build_fake(module: nn.Module, plan: LayerPlan) -> nn.Module:
     assert plan.output is not None
-    return FakeQuantize(module, plan.output, plan.activation)
+    operation = module if plan.float_bits is None else Cast(module, plan.float_bits)
+    return FakeQuantize(operation, plan.output, plan.activation)
+
+
+def _build_cast(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    assert plan.float_bits is not None
+    return Cast(module, plan.float_bits)
 
 
 def _build_weights_only(module: nn.Module, plan: LayerPlan) -> nn.Module:
@@ -255,6 +262,7 @@ def _build_embedding(module: nn.Module, plan: LayerPlan) -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[nn.Module, LayerPlan], nn.Module]] = {
     plans.FAKE: _build_fake,
+    plans.CAST: _build_cast,
     plans.WEIGHTS_ONLY: _build_weights_only,
     plans.EMBEDDING: _build_embedding,
     plans.FLOAT: lambda module, _plan: module,

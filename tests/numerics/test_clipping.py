@@ -28,18 +28,14 @@ def widest(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(COLUMNS, EXAMPLES["from_record"])
-def test_range_of_a_record_is_that_of_the_worked_example(
-    mode, n_stds, half_range, grid, num_bits, low, high
-):
+def test_range_of_a_record_is_that_of_the_worked_example(mode, n_stds, half_range, grid, num_bits, low, high):
     spec = QuantSpec.from_mode(grid, num_bits)
     found = choose_range(RECORD, spec, ClipSpec(mode, n_stds, half_range))
     assert [x.item() for x in found] == pytest.approx([low, high], rel=1e-6)  # float32
 
 
 @pytest.mark.parametrize(COLUMNS, EXAMPLES["from_tensor"])
-def test_range_of_a_tensor_is_that_of_the_worked_example(
-    mode, n_stds, half_range, grid, num_bits, low, high
-):
+def test_range_of_a_tensor_is_that_of_the_worked_example(mode, n_stds, half_range, grid, num_bits, low, high):
     x, spec = torch.tensor(EXAMPLES["tensor"]).float(), QuantSpec.from_mode(grid, num_bits)
     found = range_of_tensor(x, spec, ClipSpec(mode, n_stds, half_range))
     assert [v.item() for v in found] == pytest.approx([low, high], rel=1e-6)  # float32
