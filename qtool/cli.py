@@ -24,7 +24,6 @@ from qtool.errors import QtoolError
 LOG = logging.getLogger("qtool")
 
 INTERRUPTED = "interrupted: files that were not finished have not been written"
-_PIPELINE = "qtool.pipeline.runs"
 
 
 class QtoolCommand(click.Command):
@@ -129,17 +128,17 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
     return decorate
 
 
-def _pipeline() -> ModuleType:
-    """The module of the commands' work, which imports torch.
+def _pipeline(name: str = "runs") -> ModuleType:
+    """A module of qtool.pipeline that does a command's work, which imports torch.
 
     Ctrl-C inside that import would reach torch's C++ code, which loses it or aborts; nothing has been
     written yet, so it ends the process at once.
     """
     if threading.current_thread() is not threading.main_thread():  # only that one handles signals
-        return importlib.import_module(_PIPELINE)
+        return importlib.import_module(f"qtool.pipeline.{name}")
     on_interrupt = signal.signal(signal.SIGINT, _exit_now)
     try:
-        return importlib.import_module(_PIPELINE)
+        return importlib.import_module(f"qtool.pipeline.{name}")
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
 
@@ -220,3 +219,27 @@ def layers(config_file: Path | None, **flags: Any) -> None:
         qtool layers -a resnet18 --qe-no-quant-layers conv1,fc
     """
     _print(_pipeline().list_layers(_config(config_file, flags)))
+
+
+@main.command(cls=QtoolCommand)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--sequential", is_flag=True, help="End a run as soon as all its verdicts are certain.")
+@click.option("--allow-undecided", is_flag=True, help="Pass where there are too few images to tell.")
+@click.option(
+    "--update-baseline",
+    is_flag=True,
+    help="Show what differs from the stored values, and store the new ones.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option(
+    "--junit", "junit_file", type=click.Path(path_type=Path), help="Write it as JUnit XML, which CI shows."
+)
+def check(file: Path, **options: Any) -> None:
+    """Make the runs of a YAML file, and exit with 1 unless they reach what it expects of them.
+
+    \b
+    Example:
+        qtool check configs/ci.yaml --junit report.xml
+    """
+    if not _pipeline("gate").check(file, _print, **options):
+        raise SystemExit(1)

@@ -55,6 +55,19 @@ def write_text(path: Path, text: str) -> Path:
     return write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
+def check_writable(path: Path) -> None:
+    """Find out, before the work that gives its content, that a file cannot be written.
+
+    Raises:
+        OutputError: if it is a folder, or no files can be made where it is to be.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written: it is a folder; name a file in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: no files can be made in {above}; choose another place")
+
+
 def make_run_dir(out_dir: Path, name: str | None = None) -> Path:
     """A new folder `[name___]YYYY.MM.DD-HHMMSS` in out_dir; a number is added if there is one.
 

@@ -19,7 +19,6 @@ from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
 
 JUDGES = ("interval", "point")
-RUN_KEYS = ("name", "config", "judge", "expect", *SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,16 @@ class ThresholdType(click.ParamType[Threshold]):
         self.minimum, self.maximum = minimum, maximum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Threshold:
-        relative = re.fullmatch(r"baseline(?:\s*([+-])\s*(.+))?", str(value).strip())
+        relative = re.fullmatch(r"baseline(?:\s*([+-])\s*(\S+))?", str(value).strip())
         try:
             number = float((relative[2] or 0) if relative else value)
         except ValueError:
-            self.fail(f"{value!r} is not a number, 'baseline', or such as 'baseline - 0.5'.", param, ctx)
-        if relative and 0 <= number < math.inf:
+            self.fail(f"{value!r} is not a number, or such as 'baseline - 0.5'.", param, ctx)
+        minimum, maximum = (0, math.inf) if relative else (self.minimum, self.maximum)
+        if not (minimum <= number <= maximum and math.isfinite(number)):
+            self.fail(f"{value} is not in the range {minimum:g}<=x<={maximum:g}.", param, ctx)
+        if relative:
             return Threshold(-number if relative[1] == "-" else number, from_baseline=True)
-        if relative or not self.minimum <= number <= self.maximum or not math.isfinite(number):
-            wanted = "a finite number" if math.inf in (self.maximum, number) else "in the range "
-            wanted += "" if wanted.startswith("a") else f"{self.minimum:g}<=x<={self.maximum:g}"
-            self.fail(f"{value} is not {wanted}.", param, ctx)
         return Threshold(number)
 
 
@@ -84,7 +82,7 @@ class Expect:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What holds for all runs of a file."""
 
     baseline: str | None = option(None, click.STRING, "File of the stored values, beside this one.")
@@ -93,7 +91,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _RunSettings:
+class RunSettings:
     """What is stated once for a run, apart from its sections and expectations."""
 
     name: str | None = option(None, click.STRING, "What to call it.")
@@ -129,20 +127,96 @@ def load_gate(path: Path) -> Gate:
     """
     tree, lines = parse(path)
     reader = Reader(path, lines)
-    plain = {key: value for key, value in tree.items() if key != "runs"}
-    known = {name: described for name, _, described in options_of(_Settings)}
-    settings = _Settings(**reader.settings(plain, (), "settings of all runs", known))
+    settings = Settings(**_stated(reader, tree, Settings, "check", also=("runs",)))
     bodies = tree.get("runs")
     if not isinstance(bodies, list) or not bodies:
-        found = "nothing" if not bodies else type(bodies).__name__
-        reader.note(("runs",), f"runs: found {found}; a list of runs is wanted, each with a name")
+        found = type(bodies).__name__ if bodies else "nothing"
+        reader.note(("runs",), f"runs: found {found}; a list of runs is wanted")
         bodies = []
     elsewhere: list[str] = []
-    runs = [_read_run(reader, index, body, settings, elsewhere) for index, body in enumerate(bodies)]
-    names = [run.name for run in runs if run is not None]
-    for index, run in enumerate(runs):
-        if run is not None and run.name in names[: names.index(run.name)] + _earlier(runs, index):
-            reader.note(("runs", str(index), "name"), f"runs.{run.name}: stands a second time; rename it")
-    _finish(reader, elsewhere)
+    runs: list[GateRun] = []
+    for index, body in enumerate(bodies):
+        inside = {place[2:]: n for place, n in lines.items() if place[:2] == ("runs", str(index))}
+        own = Reader(path, inside)
+        run = _read_run(own, body, f"runs.{index}", settings, elsewhere)
+        if run is not None and run.name in (earlier.name for earlier in runs):
+            own.note(("name",), f"runs.{index}.name: {run.name!r} is another run's name; choose a new one")
+        runs += [] if run is None else [run]
+        reader.problems += own.problems
+    try:
+        reader.finish()
+    except ConfigError as error:
+        elsewhere.insert(0, str(error))
+    if elsewhere:
+        raise ConfigError("\n".join(dict.fromkeys(elsewhere)))
     baseline = None if settings.baseline is None else path.parent / settings.baseline
-    return Gate(path, tuple(run for run in runs if run is not None), baseline, settings.error_rate)
+    return Gate(path, tuple(runs), baseline, settings.error_rate)
+
+
+def _read_run(
+    reader: Reader, body: Any, where: str, settings: Settings, elsewhere: list[str]
+) -> GateRun | None:
+    """One run, or None if it cannot be told what it is; problems go to the reader and elsewhere."""
+    if not isinstance(body, dict):
+        reader.note((), f"{where}: found {type(body).__name__}; a mapping with a name is wanted")
+        return None
+    stated = _stated(reader, body, RunSettings, where, also=("expect", *SECTIONS))
+    if "name" not in stated:
+        reader.note((), f"{where}: has no name; one is wanted, to speak of it")
+    name = stated.get("name", "")
+    judge = stated.get("judge", settings.judge)
+    config = _read_config(reader, body, stated.get("config"), elsewhere)
+    try:
+        check(config.quantizers)
+    except ConfigError as error:
+        reader.note((), f"{where}: {error}")
+    return GateRun(name, config, _read_expect(reader, body.get("expect"), where, settings), judge)
+
+
+def _read_config(reader: Reader, body: Mapping[str, Any], file: str | None, elsewhere: list[str]) -> Config:
+    """The sections of the file that a run names, under those that stand in the run itself."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if file is not None:
+        try:
+            values |= read_sections(reader.path.parent / file)
+        except ConfigError as error:
+            elsewhere += str(error).splitlines()
+    for section in SECTIONS:
+        if isinstance(body.get(section), dict):
+            values[section] = values[section] | reader.section(section, body[section])
+        elif body.get(section) is not None:
+            reader.note((section,), f"{section}: found {body[section]!r}; a mapping of settings is wanted")
+    return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+
+
+def _read_expect(reader: Reader, body: Any, where: str, settings: Settings) -> Expect:
+    known = [name for name, _, _ in options_of(Expect)]
+    if not isinstance(body, dict) or not body:
+        reader.note(("expect",), f"{where}.expect: nothing is expected; state some of {', '.join(known)}")
+        return Expect()
+    values = _stated(reader, body, Expect, f"{where}.expect", place=("expect",))
+    for key, threshold in values.items():
+        if threshold.from_baseline and settings.baseline is None:
+            reader.note(
+                ("expect", key),
+                f"{where}.expect.{key}: found {threshold}, but no baseline; name its file at the top, "
+                "as in 'baseline: baseline.json'",
+            )
+    return Expect(**values)
+
+
+def _stated(
+    reader: Reader,
+    body: Mapping[str, Any],
+    cls: type,
+    where: str,
+    place: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The checked values of a class's options; other keys, but for those in also, are problems."""
+    known = {name: described for name, _, described in options_of(cls)}
+    for key in map(str, body):
+        if key not in known and key not in also:
+            text = f"{where}: unknown key {key!r}{nearest(key, [*known, *also])}"
+            reader.note((*place, key), text)
+    return reader.settings({k: v for k, v in body.items() if k in known}, place, where, known)

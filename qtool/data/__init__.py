@@ -7,4 +7,5 @@
     datasets.py         open_dataset, and whether a dataset fits a model
     calibration_set.py  which images calibrate, and how many of them are also evaluated
     loader.py           batches, the same for any number of worker processes
+    workers.py          the processes, which know nothing of images
 """

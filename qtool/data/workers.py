@@ -26,11 +26,11 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
     """Yield function(item) for each item, worked out by processes that stay one or two results ahead.
 
     Worker k works out items k, k + workers, and so on, and has a pipe of its own: a worker that dies
-    is noticed at once, and torch's DataLoader, whose tensors travel through shared memory, cannot run
-    out of that or of open files here.
+    is noticed at once. Nothing travels through shared memory, as it does in torch's DataLoader, so
+    neither that nor the number of open files limits the size of a result.
 
     Args:
-        function: may not start threads where processes are forked; picklable where processes are not forked.
+        function: what to call; it uses one thread, and is picklable where processes are not forked.
         items: what to call it on.
         workers: how many processes; 0 calls the function in this one.
 

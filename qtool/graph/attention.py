@@ -83,9 +83,7 @@ class MultiheadAttention(nn.Module):
             weights = source.in_proj_weight.chunk(3)
         else:
             weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
-        self.q_proj, self.k_proj, self.v_proj = (
-            linear(w, b) for w, b in zip(weights, biases, strict=True)
-        )
+        self.q_proj, self.k_proj, self.v_proj = (linear(w, b) for w, b in zip(weights, biases, strict=True))
         self.out_proj = source.out_proj
 
     def forward(
@@ -128,8 +126,10 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _softmax(scores: Tensor, *masks: Any) -> Tensor:
-    return masked_softmax(scores, *masks) if any(m is not None and m is not False for m in masks) else (
-        torch.softmax(scores, -1)
+    return (
+        masked_softmax(scores, *masks)
+        if any(m is not None and m is not False for m in masks)
+        else (torch.softmax(scores, -1))
     )
 
 

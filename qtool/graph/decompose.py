@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from qtool.graph.attention import MultiheadAttention
+from qtool.graph.recurrent import Recurrent
 
 
 def _multihead_attention(module: nn.MultiheadAttention, _length: int | None) -> nn.Module | None:
@@ -20,9 +21,15 @@ def _multihead_attention(module: nn.MultiheadAttention, _length: int | None) -> 
     return MultiheadAttention(module)
 
 
+def _recurrent(module: nn.RNNBase, length: int | None) -> nn.Module | None:
+    return Recurrent(module, length) if length else None
+
+
 # A class -> its stand-in, from the module and the length of its sequences; None if it has none.
 STAND_INS: dict[type, Callable[[Any, int | None], nn.Module | None]] = {
     nn.MultiheadAttention: _multihead_attention,
+    nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
 }
 
 

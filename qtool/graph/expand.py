@@ -49,14 +49,16 @@ def _add_product(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """F.linear whose weight is computed from the input; others are left to parameters.make_layers."""
-    if weight.node.op == "get_attr" or weight.node.meta.get("constant"):
+    """F.linear whose weight is computed from the input; parameters are for parameters.make_layers."""
+    if weight.node.op == "get_attr":
         return None
     product = torch.matmul(x, weight.transpose(-2, -1))
     return product if bias is None else product + bias
 
 
 EXPANSIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.ops.aten.linear.default: _linear,
     F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default: attention.scaled_dot_product_attention,
     swin_transformer.shifted_window_attention: attention.shifted_window_attention,
@@ -80,7 +82,7 @@ def expand_calls(traced: fx.GraphModule) -> bool:
         if expansion is None:
             continue
         tracer = _Tracer(traced, node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, t=tracer: fx.Proxy(n, t))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), tracer.proxy)
         with traced.graph.inserting_before(node):
             result = expansion(*args, **kwargs)
         if result is None:

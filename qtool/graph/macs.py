@@ -95,7 +95,9 @@ def _added_matmul(node: fx.Node, _module: Any) -> float:
 def _einsum(node: fx.Node, module: Any) -> float:
     equation = getattr(getattr(module, "function", None), "equation", None) or str(node.args[0])
     sizes: dict[str, int] = {}
-    for letters, shape in zip(re.sub(r"\s", "", equation).split("->")[0].split(","), _shapes(node), strict=True):
+    for letters, shape in zip(
+        re.sub(r"\s", "", equation).split("->")[0].split(","), _shapes(node), strict=True
+    ):
         head, dots, tail = letters.partition("...")
         sizes.update(zip(head, shape, strict=False))
         sizes.update(zip(reversed(tail), reversed(shape), strict=False))

@@ -168,12 +168,21 @@ def out_of_place(target: Any) -> Any:
         return target[:-1] if target.endswith("_") and not target.endswith("__") else None
     if target in _OPERATORS_IN_PLACE:
         return _OPERATORS_IN_PLACE[target]
+    if isinstance(target, torch._ops.OpOverload):
+        return _pure_overload(target)
     name = getattr(target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         for namespace in (torch, torch.nn.functional):
             if getattr(namespace, name, None) is target:
                 return getattr(namespace, name[:-1], None)
     return None
+
+
+def _pure_overload(target: torch._ops.OpOverload) -> Any:
+    """aten.relu.default for aten.relu_.default, which torch.export gives."""
+    name, _, overload = target.__name__.partition(".")
+    packet = getattr(getattr(torch.ops, target.namespace), name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, overload, None)
 
 
 def as_function(node: fx.Node) -> Callable[..., Any]:

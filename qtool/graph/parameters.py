@@ -128,7 +128,9 @@ def _conv(weight: Tensor, bias: Tensor | None, groups: int = 1, **settings: Any)
     return _of_parameters(cls, channels, weight, bias, groups, settings)
 
 
-def _conv_transpose(weight: Tensor, bias: Tensor | None, groups: int = 1, **settings: Any) -> nn.Module | None:
+def _conv_transpose(
+    weight: Tensor, bias: Tensor | None, groups: int = 1, **settings: Any
+) -> nn.Module | None:
     cls: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[weight.dim() - 3]
     channels = (weight.shape[0], weight.shape[1] * groups)
     return _of_parameters(cls, channels, weight, bias, groups, settings)
@@ -146,7 +148,9 @@ def _of_parameters(
         return None
     num_dims = weight.dim() - 2
     settings = {
-        key: tuple(value) * (num_dims if len(value) == 1 else 1) if isinstance(value, (list, tuple)) else value
+        key: tuple(value) * (num_dims if len(value) == 1 else 1)
+        if isinstance(value, (list, tuple))
+        else value
         for key, value in settings.items()
     }
     layer = cls(

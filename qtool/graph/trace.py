@@ -10,47 +10,32 @@ Nothing in the graph writes into its input: operations in place are replaced by 
 
 import copy
 import inspect
-import linecache
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth
 
 from qtool.errors import ModelError
 from qtool.graph import ops
+from qtool.graph.capture import capture, one_line
+from qtool.graph.decompose import decompose
+from qtool.graph.examples import call, placeholder_values, shape_text
+from qtool.graph.expand import expand_calls
+from qtool.graph.parameters import fold_constants, make_layers
 
-# torchvision's own modules that symbolic tracing must not enter.
-LEAF_CLASSES = (StochasticDepth, FrozenBatchNorm2d, DeformConv2d)
 # How far the traced network may be from the original on the example, relative to the largest output.
 TRACE_TOLERANCE = 1e-4
-_TORCH = Path(torch.__file__).parent
 
 
-class LayerTracer(fx.Tracer):
-    """fx's tracer, which also notes for each node the path of the module that it came from."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if hasattr(m, "qtool_op") or isinstance(m, LEAF_CLASSES):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        proxy = super().create_proxy(*args, **kwargs)
-        proxy.node.meta["path"] = self.scope.module_path
-        return proxy
-
-
-def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     """Capture a network as a graph of named layers; the given model stays as it was.
 
     Args:
-        model: any network that torch.fx can trace; it is taken in evaluation mode.
-        example: one input batch, used to learn the shapes and to check that the traced network
-            computes the same as the original.
+        model: any network that torch.fx or torch.export can capture; it is taken in evaluation mode.
+        example: one input batch, or a tuple or dict of several inputs, used to learn the shapes and to
+            check that the traced network computes the same as the original.
 
     Returns:
         A GraphModule of its own (a copy), whose nodes carry `meta["value"]`, the shape and dtype of
@@ -62,15 +47,12 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
             something else.
     """
     root = copy.deepcopy(model).eval().requires_grad_(False)
-    expected = _run(root, example)
-    try:
-        graph = LayerTracer().trace(root)
-    except Exception as error:
-        raise ModelError(_why_untraceable(error)) from error
-    _make_pure(graph, dict(root.named_modules()))
-    traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    expected, lengths = _run_and_measure(root, example)
+    root = decompose(root, lengths)
+    traced = capture(root, example)
+    _make_pure(traced.graph, dict(traced.named_modules()))
     traced.graph.eliminate_dead_code(_has_effect)
-    _record_values(traced, example)
+    _simplify(traced, example)
     _note_ops(traced)
     _name_layers(traced)
     _check_same(expected, _run(traced, example))
@@ -98,33 +80,36 @@ def copy_graph(traced: fx.GraphModule) -> fx.GraphModule:
     return copied.eval()
 
 
-def _run(model: nn.Module, example: Tensor) -> Any:
+def _run_and_measure(model: nn.Module, example: Any) -> tuple[Any, dict[str, int]]:
+    """The network's output, and the number of steps of the sequences that its recurrent modules took."""
+    lengths: dict[str, set[int]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+
+            def note(m: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                x = args[0] if args else kwargs["input"]
+                is_batch = isinstance(x, Tensor) and x.dim() == 3
+                lengths.setdefault(name, set()).add(x.shape[1 if m.batch_first else 0] if is_batch else 0)
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        output = _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, {name: found.pop() for name, found in lengths.items() if len(found) == 1}
+
+
+def _run(model: nn.Module, example: Any) -> Any:
     try:
         with torch.no_grad():
-            return model(example)
+            return call(model, example)
     except Exception as error:
         raise ModelError(
-            f"the network cannot take an input of shape {tuple(example.shape)}: "
-            f"{_one_line(error)}; check --input-shape and the data"
+            f"the network cannot take an input of shape {shape_text(example)}: "
+            f"{one_line(error)}; check --input-shape and the data"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def _why_untraceable(error: Exception) -> str:
-    """Name the line of the user's code at which tracing gave up."""
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    own = [f for f in frames if not Path(f.filename).is_relative_to(_TORCH) and f.filename != __file__]
-    where = ""
-    if own:
-        line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
-        where = f" at {own[-1].filename}:{own[-1].lineno} ({line})"
-    return (
-        f"the network cannot be traced{where}: {_one_line(error)}; "
-        "rewrite that line without Python control flow on tensors"
-    )
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -188,9 +173,20 @@ class _ValueRecorder(fx.Interpreter):
         return result
 
 
-def _record_values(traced: fx.GraphModule, example: Tensor) -> None:
+def _simplify(traced: fx.GraphModule, example: Any) -> None:
+    """Give every node its value, and every computation the form in which it can be quantized."""
+    _record_values(traced, example)
+    fold_constants(traced)
+    if expand_calls(traced):
+        _record_values(traced, example)
+        fold_constants(traced)
+    make_layers(traced)
+    traced.recompile()
+
+
+def _record_values(traced: fx.GraphModule, example: Any) -> None:
     with torch.no_grad():
-        _ValueRecorder(traced).run(example)
+        _ValueRecorder(traced).run(*placeholder_values(traced, example), enable_io_processing=False)
 
 
 def _note_ops(traced: fx.GraphModule) -> None:
@@ -237,6 +233,8 @@ def _name_layers(traced: fx.GraphModule) -> None:
 
 
 def _base_name(node: fx.Node) -> str:
+    if "base" in node.meta:
+        return str(node.meta["base"])
     if node.op == "call_module":
         return str(node.target)
     path = node.meta.get("path", "")

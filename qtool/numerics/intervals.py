@@ -102,7 +102,7 @@ def _largest_drop(losses: int, gains: int, pairs: int, error_rate: float) -> flo
 
 def _at_most(total: int, pairs: int, changed: float, drop: float) -> float:
     """P(losses - gains <= total), where a pair changes with probability changed."""
-    start, end = binom.ppf((TRUNCATED, 1 - TRUNCATED), pairs, changed)
+    start, end = (float(binom.ppf(share, pairs, changed)) for share in (TRUNCATED, 1 - TRUNCATED))
     counts = np.arange(start, end + 1)  # how many pairs change
     share_of_losses = min(1.0, (changed + drop) / (2 * changed))
     at_most = binom.cdf(np.floor((counts + total) / 2), counts, share_of_losses)

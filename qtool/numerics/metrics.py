@@ -40,7 +40,11 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
         20.0
     """
     signal = float(x.double().square().sum())
-    noise = float((x.double() - x_hat.double()).square().sum())
+    return ratio_db(signal, float((x.double() - x_hat.double()).square().sum()))
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), of powers; inf without noise, -inf without signal or with infinite noise."""
     if noise == 0:
         return math.inf
     ratio = signal / noise

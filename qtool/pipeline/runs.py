@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import fx
 
 import qtool.config as configs
 from qtool.config import Config
-from qtool.errors import ConfigError, OutputError
+from qtool.errors import ConfigError
 from qtool.observers.stats import ModelStats, read_stats, write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.describe import layer_quant_params, layer_table
@@ -37,7 +36,7 @@ from qtool.pipeline.inputs import (
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, table
-from qtool.run_dir import log_to, make_run_dir, write_text, write_whole
+from qtool.run_dir import check_writable, log_to, make_run_dir, write_text, write_whole
 
 LOG = logging.getLogger("qtool")
 
@@ -60,9 +59,9 @@ class Outcome:
 
 def calibrate(config: Config) -> Outcome:
     """Measure activation statistics and write their YAML."""
-    _check(config, data_needed=True)
+    check_before_work(config, data_needed=True)
     subject = open_subject(config)
-    _refuse_quantized(subject, "calibrate")
+    refuse_quantized(subject, "calibrate")
     images = open_calibration(config, subject, None)
     if images.from_evaluation:
         LOG.warning("these are evaluation images: %s", ADVICE)
@@ -76,9 +75,9 @@ def calibrate(config: Config) -> Outcome:
 
 def quantize(config: Config) -> Outcome:
     """Calibrate unless there are statistics, quantize, and evaluate beside the float network."""
-    _check(config, data_needed=True)
+    check_before_work(config, data_needed=True)
     subject = open_subject(config)
-    _refuse_quantized(subject, "quantize")
+    refuse_quantized(subject, "quantize")
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
@@ -96,7 +95,7 @@ def quantize(config: Config) -> Outcome:
             stats = _measure(config, traced, calibration)
             write_text(folder / STATS_FILE, write_stats(stats))
         model = steps.quantize(traced, stats, config.quantizers)
-        _log_notes(model)
+        log_notes(model)
         if model.plan.edited_stats is not None:
             write_text(folder / EDITED_STATS_FILE, write_stats(model.plan.edited_stats))
         params = layer_quant_params(model.plan, specs)
@@ -122,7 +121,7 @@ def quantize(config: Config) -> Outcome:
 
 def evaluate(config: Config) -> Outcome:
     """Evaluate the float network, or a saved quantized one."""
-    _check(config, data_needed=True)
+    check_before_work(config, data_needed=True)
     subject = open_subject(config)
     evaluation = open_evaluation(config, subject)
     name = "float" if quantized_network(subject) is None else "quantized"
@@ -137,14 +136,19 @@ def evaluate(config: Config) -> Outcome:
 
 def list_layers(config: Config) -> str:
     """The layers of a network and what would be done with them."""
-    _check(config, data_needed=False)
+    check_before_work(config, data_needed=False)
     subject = open_subject(config)
-    _refuse_quantized(subject, "layers")
+    refuse_quantized(subject, "layers")
     traced = subject.traced()
     return layer_table(traced, steps.specs_for(traced, config.quantizers))
 
 
-def _check(config: Config, data_needed: bool) -> None:
+def check_before_work(config: Config, data_needed: bool) -> None:
+    """Find out before any long work that a setting, the device or an output cannot be had.
+
+    Raises:
+        ConfigError, OutputError: naming the flag or the file.
+    """
     configs.check(config.quantizers)
     announce_default(config, data_needed)
     try:
@@ -165,12 +169,11 @@ def _check_outputs(config: Config) -> None:
         return
     if path.is_dir():
         raise ConfigError(f"--save-predictions: {path} is a folder; name a file in it")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"{path}: cannot be written: no files can be made in {above}; choose another place")
+    check_writable(path)
 
 
-def _refuse_quantized(subject: Subject, command: str) -> None:
+def refuse_quantized(subject: Subject, command: str) -> None:
+    """Raise a ConfigError if the network is quantized already."""
     if quantized_network(subject) is not None:
         raise ConfigError(
             f"--checkpoint: {subject.weights} is quantized already; 'qtool evaluate' evaluates it, "
@@ -196,7 +199,7 @@ def _measure(config: Config, traced: fx.GraphModule, images: Images) -> ModelSta
     LOG.info("calibrating on %s", images.words)
     loader = images.loader(config)
     stats = steps.calibrate(traced, loader, device=config.run.device, progress=True)
-    _note_bad_images(loader.bad_images)
+    note_bad_images(loader.bad_images)
     return stats
 
 
@@ -214,11 +217,11 @@ def _evaluate_both(
 def _evaluate(config: Config, network: torch.nn.Module, images: Images, progress: str) -> Result:
     loader = images.loader(config)
     result = steps.evaluate(network, loader, device=config.run.device, progress=progress)
-    _note_bad_images(loader.bad_images)
+    note_bad_images(loader.bad_images)
     return result
 
 
-def _log_notes(model: QuantizedModel) -> None:
+def log_notes(model: QuantizedModel) -> None:
     """Say once, not layer by layer, what did not go as asked."""
     noted = {name: layer for name, layer in model.plan.layers.items() if layer.note}
     left = [name for name, layer in noted.items() if layer.kind == FLOAT and layer.note != NOT_ASKED]
@@ -234,7 +237,8 @@ def _log_notes(model: QuantizedModel) -> None:
         )
 
 
-def _note_bad_images(paths: list[str]) -> None:
+def note_bad_images(paths: list[str]) -> None:
+    """Warn of the images that were left out, if any."""
     if paths:
         LOG.warning("skipped %d unreadable images, such as %s", len(paths), paths[0])
 

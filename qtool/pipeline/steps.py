@@ -59,7 +59,7 @@ def calibrate(
         StatsError: if a layer gives NaN or infinity.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    traced = _evaluable(_traced_for(model, batches, transform), device)
+    traced = evaluable(_traced_for(model, batches, transform), device)
     with observe(traced) as observation, torch.no_grad():
         for number in (1, 2):
             if number == 2:
@@ -122,7 +122,7 @@ def evaluate(
     Raises:
         DataError: if there are no batches, no labels, or labels that the network has no output for.
     """
-    on_device = _evaluable(model, device)
+    on_device = evaluable(model, device)
     labels, logits, indices = [], [], []
     seconds = 0.0
     with torch.no_grad():
@@ -227,7 +227,7 @@ def _example_for(stats: ModelStats, example: Tensor | None) -> Tensor:
     return example_input(shape[1:])
 
 
-def _evaluable(model: Network, device: str | torch.device) -> Network:
+def evaluable(model: Network, device: str | torch.device) -> Network:
     """The network in evaluation mode on a device; a copy if it is not so already."""
     wanted = torch.device(device)
     tensors = [*model.parameters(), *model.buffers()]

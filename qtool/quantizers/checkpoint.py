@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from qtool.errors import ModelError
 from qtool.graph.fold import fold_batch_norms, output_channels_first
 from qtool.graph.trace import layers, trace
-from qtool.numerics.spec import QParams, QuantSpec
+from qtool.numerics.spec import ClipSpec, InputSpec, QParams, QuantSpec
 from qtool.quantizers import plan as plans
-from qtool.quantizers.plan import LayerPlan, ModelPlan
+from qtool.quantizers.plan import DynamicSpec, LayerPlan, ModelPlan
 from qtool.quantizers.prepare import QuantizedModel, build
 
 FORMAT = "qtool-quantized"
@@ -47,6 +47,7 @@ def to_checkpoint(model: QuantizedModel, **model_info: Any) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "model": model_info,
+        "per_sample": model.plan.per_sample,
         "layers": {name: _layer_to_dict(layer) for name, layer in model.plan.layers.items()},
         "float_state": state,
     }
@@ -72,7 +73,10 @@ def from_checkpoint(content: dict[str, Any], architecture: nn.Module, example: T
         )
     folded = fold_batch_norms(trace(architecture, example))
     try:
-        plan = ModelPlan({name: _layer_from_dict(d) for name, d in content["layers"].items()})
+        plan = ModelPlan(
+            {name: _layer_from_dict(d) for name, d in content["layers"].items()},
+            per_sample=bool(content.get("per_sample", False)),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"a damaged quantized model: {type(error).__name__}: {error}") from error
     names = {node.meta["layer"] for node in folded.traced.graph.nodes if "layer" in node.meta}
@@ -119,17 +123,29 @@ def _plain(value: Any) -> Any:
         return {"scale": value.scale, "zero_point": value.zero_point, **asdict(value.spec)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, DynamicSpec):
+        return {**asdict(value), "inputs": [None if i is None else asdict(i) for i in value.inputs]}
     return value
 
 
 def _layer_from_dict(tree: dict[str, Any]) -> LayerPlan:
     values = {name: _restored(value) for name, value in tree.items()}
     values["inputs"] = tuple(_restored(item) for item in tree["inputs"])
+    if tree.get("dynamic") is not None:
+        values["dynamic"] = _restored_dynamic(tree["dynamic"])
     return LayerPlan(**values)
 
 
+def _restored_dynamic(tree: dict[str, Any]) -> DynamicSpec:
+    inputs = tuple(
+        None if i is None else InputSpec(QuantSpec(**i["grid"]), ClipSpec(**i["clip"]))
+        for i in tree["inputs"]
+    )
+    return DynamicSpec(QuantSpec(**tree["output"]), ClipSpec(**tree["clip"]), inputs, tree["activation"])
+
+
 def _restored(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "scale" not in value:
         return value
     spec = {f.name: value[f.name] for f in fields(QuantSpec)}
     scale, zero_point = value["scale"], value["zero_point"]

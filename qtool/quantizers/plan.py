@@ -7,7 +7,6 @@ computed on activations here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,19 +15,27 @@ from torch import Tensor, fx, nn
 
 from qtool.errors import ConfigError, StatsError
 from qtool.graph import ops
-from qtool.graph.fold import output_channels_first, restore_layout
-from qtool.graph.neighbours import edit_stats, fused_activations
+from qtool.graph.fold import output_channels_first
+from qtool.graph.neighbours import FUSIBLE, edit_stats, fused_activations
 from qtool.graph.trace import layers, tensor_inputs
-from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize, qparams_from_range, quantize
-from qtool.numerics.clipping import choose_range, range_of_tensor
+from qtool.numerics.affine import approximate_multiplier, qparams_from_range
+from qtool.numerics.clipping import choose_range
 from qtool.numerics.spec import ClipSpec, InputSpec, LayerSpec, QParams, QuantSpec
 from qtool.observers.stats import ActivationStats, ModelStats
 from qtool.quantizers.modules import exact_ratio
+from qtool.quantizers.weights import (
+    accumulator_bits,
+    fake_quantize_bias,
+    quantize_bias,
+    quantize_weight,
+)
 
 # What can be done with a layer.
 INTEGER = "integer"  # computes on integers
 FAKE = "fake"  # computes in float, its output is put on a grid
 WEIGHTS_ONLY = "weights only"  # weights went through a grid, computes in float
+DYNAMIC = "dynamic integer"  # computes on integers, on grids found at run time
+DYNAMIC_FAKE = "dynamic fake"  # computes in float, its output is put on a grid found at run time
 EMBEDDING = "embedding"  # rows of an integer table
 IDENTITY = "identity"  # a ReLU that the layer in front of it computes
 FLOAT = "float"  # stays as it was
@@ -41,6 +48,23 @@ WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul"})
 # Their accumulators are never narrower, whatever is asked for convolutions and linear layers.
 OP_ACCUM_BITS = 32
+
+
+@dataclass(frozen=True)
+class DynamicSpec:
+    """What is asked of a layer whose activations' grids are found at run time.
+
+    Args:
+        output: grid of the output.
+        clip: how its range is chosen.
+        inputs: grid and clipping of each input that arrives in float; None to leave it so.
+        activation: "relu" or "relu6" that the layer computes, or None.
+    """
+
+    output: QuantSpec
+    clip: ClipSpec
+    inputs: tuple[InputSpec | None, ...]
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +86,7 @@ class LayerPlan:
         accum_bits: width of the accumulator.
         accum_float64: whether the simulation accumulates in float64.
         scale_approx_bits: of the requantization ratio.
+        dynamic: what is asked of tensors whose grid is found at run time.
         float_bits: width of the float type that the operation runs in, None for float32.
         float_weight: the float weight, output channels first, where it was to be kept.
         note: why the layer is not quantized as asked, in words, or "".
@@ -80,6 +105,7 @@ class LayerPlan:
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
+    dynamic: DynamicSpec | None = None
     float_bits: int | None = None
     float_weight: Tensor | None = None
     note: str = ""
@@ -87,10 +113,22 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What becomes of every layer, by name, and the statistics it was decided from."""
+    """What becomes of every layer of a network.
+
+    Args:
+        layers: by name.
+        edited_stats: the statistics it was decided from; None in dynamic mode, or when read back.
+        per_sample: whether the network is to run sample by sample.
+    """
 
     layers: Mapping[str, LayerPlan]
     edited_stats: ModelStats | None = None
+    per_sample: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether grids of activations are found at run time."""
+        return any(layer.dynamic is not None for layer in self.layers.values())
 
 
 def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> ModelPlan:
@@ -339,7 +377,7 @@ class _Planner:
         record, clip = self.stats.output(name), spec.clip
         if name in self.fused:
             clip = replace(clip, half_range=True)
-        elif node.meta["op"] in ("relu", "relu6"):
+        elif node.meta["op"] in FUSIBLE:
             clip = replace(clip, half_range=True)
             if clip.mode in ("gauss", "laplace"):
                 # The distribution that ACIQ's half range describes is the one in front of the ReLU.
@@ -380,85 +418,3 @@ def computes_only_tensors(node: fx.Node) -> bool:
     elif node.kwargs:
         return False
     return len(tensors) >= 2 and list(combined) == tensors
-
-
-def quantize_weight(
-    name: str,
-    module: nn.Module,
-    spec: QuantSpec,
-    weight_range: tuple[float, float] | None = None,
-    clip: ClipSpec | None = None,
-) -> tuple[QParams, Tensor]:
-    """The grid and the integers of a layer's weight, output channels first.
-
-    Raises:
-        ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
-            per-channel grid.
-    """
-    weight = output_channels_first(module)
-    if not bool(torch.isfinite(weight).all()):
-        raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
-    if weight_range is None:
-        try:
-            x_min, x_max = range_of_tensor(weight, spec, clip)
-        except ValueError as error:
-            raise ConfigError(f"layer {name!r}: its weight cannot be clipped: {error}") from error
-    elif spec.axis is None:
-        x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
-    else:
-        raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
-    qparams = qparams_from_range(x_min, x_max, spec)
-    return qparams, quantize(weight, qparams).to(integer_dtype(spec))
-
-
-def integer_dtype(spec: QuantSpec) -> torch.dtype:
-    """The smallest of torch's dtypes that holds a grid."""
-    if spec.num_bits <= 8:
-        return torch.int8 if spec.signed else torch.uint8
-    return torch.int16 if spec.signed else torch.int32
-
-
-def quantize_bias(bias: Tensor, steps_per_unit: Tensor, accum_bits: int) -> Tensor:
-    """Integers of a bias at the accumulator's scale, (C,), int64."""
-    limit = 2 ** (accum_bits - 1)
-    return torch.round(bias.double() * steps_per_unit).clamp(-limit, limit - 1).to(torch.int64)
-
-
-def accumulator_bits(grid: QParams, weight: QParams, weight_q: Tensor, bias_q: Tensor | None) -> int:
-    """Bits of a signed accumulator that no input on the grid can overflow.
-
-    Args:
-        grid: of the input.
-        weight: of the weight.
-        weight_q: its integers, output channels first.
-        bias_q: (C,), or None.
-    """
-    zero_point = along_axis(weight.zero_point, weight.spec.axis, weight_q.dim())
-    magnitudes = (weight_q.double() - zero_point).abs().flatten(1).sum(dim=1)  # (C,)
-    z = float(grid.zero_point)
-    largest_input = max(abs(grid.spec.quant_min - z), abs(grid.spec.quant_max - z))
-    sums = magnitudes * largest_input
-    if bias_q is not None:
-        sums = sums + bias_q.double().abs()
-    return math.ceil(math.log2(float(sums.max()) + 1)) + 1
-
-
-def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:
-    """A bias that went through a symmetric grid of its own, accum_bits wide."""
-    v = bias.double().abs().max()
-    steps_per_unit = (2**accum_bits - 1) / 2 / (v if float(v) else 1.0)
-    values: Tensor = quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit
-    return values.to(bias.dtype)
-
-
-def weight_values(plan: LayerPlan) -> Tensor:
-    """The float weight that a plan's integers stand for, output channels first."""
-    assert plan.weight is not None and plan.weight_q is not None
-    return dequantize(plan.weight_q.float(), plan.weight)
-
-
-def weight_centered(plan: LayerPlan, layer: nn.Module) -> Tensor:
-    """The centered integers of a plan's weight in the layer's own layout, float32."""
-    assert plan.weight is not None and plan.weight_q is not None
-    ones = replace(plan.weight, scale=torch.ones_like(plan.weight.scale))
-    return restore_layout(dequantize(plan.weight_q.float(), ones), layer)

@@ -15,6 +15,7 @@ from qtool.graph.trace import copy_graph, layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers import plan as plans
+from qtool.quantizers.dynamic import DynamicBuilder, plan_dynamic
 from qtool.quantizers.modules import (
     Cast,
     Dequantize,
@@ -28,6 +29,7 @@ from qtool.quantizers.modules import (
     Requantize,
 )
 from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_model
+from qtool.quantizers.weights import weight_centered, weight_values
 
 
 class QuantizedModel(nn.Module):
@@ -44,7 +46,10 @@ class QuantizedModel(nn.Module):
         self.plan = plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
+        if not self.plan.per_sample:
+            return self.network(*args, **kwargs)
+        samples = zip(*(a.split(1) for a in args), strict=True)
+        return torch.cat([self.network(*sample, **kwargs) for sample in samples])
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Refuse training: integers have no gradients."""
@@ -75,18 +80,23 @@ class QuantizedModel(nn.Module):
 
 
 def quantize_graph(
-    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
+    traced: fx.GraphModule,
+    stats: ModelStats | None,
+    specs: Mapping[str, LayerSpec],
+    per_sample: bool = False,
 ) -> QuantizedModel:
     """Quantize a traced network; the given one stays as it was.
 
     Args:
         traced: from graph.trace.trace.
-        stats: of the same network, before or after its batch norms were folded.
+        stats: of the same network, before or after its batch norms were folded; None for dynamic mode.
         specs: what is asked, by layer name.
+        per_sample: whether ranges found at run time are those of each sample alone.
     """
     folded = fold_batch_norms(traced)
-    plan = plan_model(folded.traced, move_stats(stats, folded.pairs), specs)
-    return build(folded, plan)
+    if stats is None:
+        return build(folded, ModelPlan(plan_dynamic(folded.traced, specs), per_sample=per_sample))
+    return build(folded, plan_model(folded.traced, move_stats(stats, folded.pairs), specs))
 
 
 def build(folded: Folded, plan: ModelPlan) -> QuantizedModel:
@@ -97,7 +107,10 @@ def build(folded: Folded, plan: ModelPlan) -> QuantizedModel:
         plan: of the same network.
     """
     network = copy_graph(folded.traced)
-    _Builder(network, plan.layers).run()
+    if plan.dynamic:
+        DynamicBuilder(network, plan.layers, FLOAT_BUILDERS).run()
+    else:
+        _Builder(network, plan.layers).run()
     network.delete_all_unused_submodules()
     network.recompile()
     return QuantizedModel(network.eval().requires_grad_(False), plan).eval()
@@ -222,9 +235,10 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
         channel_axis=-1 if last else 1,
     )
     if plan.op in plans.WEIGHTED:
+        assert plan.weight is not None and plan.weight_q is not None
         return QuantWeighted(
             module,
-            plans.weight_centered(plan, module),
+            weight_centered(plan.weight, plan.weight_q, module),
             plan.bias_q,
             requantize,
             plan.accum_bits,
@@ -247,9 +261,10 @@ def _build_cast(module: nn.Module, plan: LayerPlan) -> nn.Module:
 
 def _build_weights_only(module: nn.Module, plan: LayerPlan) -> nn.Module:
     """A copy of the layer with the weights that its integers stand for."""
+    assert plan.weight is not None and plan.weight_q is not None
     layer: Any = copy.copy(module)
     layer._parameters = dict(module._parameters)
-    weight = restore_layout(plans.weight_values(plan), module)
+    weight = restore_layout(weight_values(plan.weight, plan.weight_q), module)
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
     if plan.bias is not None:
         layer.bias = nn.Parameter(plan.bias, requires_grad=False)
@@ -257,13 +272,14 @@ def _build_weights_only(module: nn.Module, plan: LayerPlan) -> nn.Module:
 
 
 def _build_embedding(module: nn.Module, plan: LayerPlan) -> nn.Module:
-    return QuantEmbedding(plans.weight_centered(plan, module))
+    assert plan.weight is not None and plan.weight_q is not None
+    return QuantEmbedding(weight_centered(plan.weight, plan.weight_q, module))
 
 
-_BUILDERS: dict[str, Callable[[nn.Module, LayerPlan], nn.Module]] = {
-    plans.FAKE: _build_fake,
+# What takes and gives floats.
+FLOAT_BUILDERS: dict[str, Callable[[nn.Module, LayerPlan], nn.Module]] = {
     plans.CAST: _build_cast,
     plans.WEIGHTS_ONLY: _build_weights_only,
-    plans.EMBEDDING: _build_embedding,
     plans.FLOAT: lambda module, _plan: module,
 }
+_BUILDERS = {**FLOAT_BUILDERS, plans.FAKE: _build_fake, plans.EMBEDDING: _build_embedding}

@@ -110,15 +110,15 @@ def test_folders_missing_from_the_classes_file_are_named(write_images, plain):
         open_dataset(root, None, preprocessing=plain, classes=root / "classes.txt")
 
 
-@pytest.mark.parametrize("lost_bytes", [1, 100])
-@pytest.mark.parametrize("ending", ["jpg", "png", "bmp"])
-def test_truncated_image_is_refused(write_images, plain, ending, lost_bytes):
-    path = write_images(f"a/1.{ending}", size=(64, 64)) / f"a/1.{ending}"
+@pytest.mark.parametrize(
+    ("name", "lost_bytes"), [("1.jpg", 1), ("1.jpg", 100), ("1.png", 100), ("1.bmp", 1), ("1.bmp", 100)]
+)
+def test_truncated_image_is_refused(write_images, plain, name, lost_bytes):
+    root = write_images(f"a/{name}", size=(64, 64))
+    path = root / "a" / name
     path.write_bytes(path.read_bytes()[:-lost_bytes])
-    if ending == "png" and lost_bytes == 1:
-        pytest.skip("the last bytes of a PNG hold no pixels")
-    with pytest.raises(DataError, match=rf"1\.{ending}: cannot be read: .*truncated"):
-        open_dataset(path.parents[1], None, preprocessing=plain)[0]
+    with pytest.raises(DataError, match=rf"{name}: cannot be read: .*truncated"):
+        open_dataset(root, None, preprocessing=plain)[0]
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])

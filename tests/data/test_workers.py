@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ def test_order_is_that_of_the_items(workers, processes):
 
 def test_no_items_give_no_results():
     assert list(ordered_map(slow_at_first, [], 2)) == []
+
+
+def test_workers_can_be_started_from_any_thread():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: list(ordered_map(abs, [-1, 2], 2))).result() == [1, 2]
 
 
 def test_large_arrays_arrive_whole_and_writable():

@@ -132,9 +132,9 @@ def test_integers_do_not_depend_on_the_batch(quantized, settings):
     model = quantized(**settings, accum_dtype="float64")
     x = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     together = model.integers(x)
-    alone = [model.integers(image[None]) for image in x]
+    alone = [model.integers(x[n : n + 1]) for n in (0, 6)]
     for name, q in together.items():
-        difference = (q - torch.cat([one[name] for one in alone])).abs()
+        difference = (q[[0, 6]] - torch.cat([one[name] for one in alone])).abs()
         # Float convolutions may sum in another order for another batch size.
         assert int(difference.max()) <= (settings.get("bits_weights") == 0), name
 
@@ -158,7 +158,7 @@ def test_an_embedding_is_saved_as_integers(tmp_path):
     net, x = Words().eval(), torch.randint(0, 500, (8, 6)).float()
     model = qtool.quantize(net, qtool.calibrate(net, [x]), example=x)
     assert model.plan.layers["embedding"].kind == "embedding"
-    assert sqnr_db(net(x), model(x)) > 30
+    assert sqnr_db(net(x).detach(), model(x)) > 30
     path = qtool.save(model, tmp_path / "q.pth")
     assert torch.equal(qtool.load(path, Words(), x)(x), model(x))
 

@@ -9,8 +9,8 @@ import qtool
 slow = pytest.mark.slow
 FAMILIES = [
     ("squeezenet1_1", 64),
-    ("mobilenet_v3_small", 64),
-    ("shufflenet_v2_x0_5", 64),
+    pytest.param("mobilenet_v3_small", 64, marks=slow),
+    pytest.param("shufflenet_v2_x0_5", 64, marks=slow),
     pytest.param("densenet121", 64, marks=slow),
     pytest.param("googlenet", 64, marks=slow),
     pytest.param("efficientnet_b0", 64, marks=slow),

@@ -1,0 +1,183 @@
+"""Networks as graphs: by torch.fx's symbolic trace, or by torch.export where that cannot.
+
+Both give an fx.GraphModule whose nodes call torch's own modules by their path, and functions with
+`meta["path"]`, the path of the module that they came from. So the layers of a network have the same
+names either way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth
+
+from qtool.errors import ModelError
+from qtool.graph import ops
+from qtool.graph.examples import absent, arguments
+
+# torchvision's own modules that symbolic tracing must not enter.
+LEAF_CLASSES = (StochasticDepth, FrozenBatchNorm2d, DeformConv2d)
+_TORCH = Path(torch.__file__).parent
+
+
+class LayerTracer(fx.Tracer):
+    """fx's tracer, which also notes for each node the path of the module that it came from.
+
+    Args:
+        fixed: parameters of the network's forward that keep a value, and are no inputs.
+    """
+
+    def __init__(self, fixed: dict[str, Any]) -> None:
+        super().__init__()
+        self.fixed = fixed
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if hasattr(m, "qtool_op") or isinstance(m, LEAF_CLASSES):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, values = super().create_args_for_root(*args, **kwargs)
+        for index, value in enumerate(values):
+            if isinstance(value, fx.Proxy) and value.node.target in self.fixed:
+                values[index] = self.fixed[str(value.node.target)]
+                self.graph.erase_node(value.node)
+        return function, values
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(*args, **kwargs)
+        proxy.node.meta["path"] = self.scope.module_path
+        return proxy
+
+
+def capture(root: nn.Module, example: Any) -> fx.GraphModule:
+    """The graph of a network.
+
+    Raises:
+        ModelError: if there is no way; the message names the line at which symbolic tracing gave up.
+    """
+    errors = []
+    for way in (symbolic, exported):
+        try:
+            return way(root, example)
+        except Exception as error:
+            errors.append(error)
+    raise ModelError(_why_impossible(*errors)) from errors[0]
+
+
+def symbolic(root: nn.Module, example: Any) -> fx.GraphModule:
+    """The graph that torch.fx finds without running the network."""
+    graph = LayerTracer(absent(root, example)).trace(root)
+    return fx.GraphModule(root, graph, class_name=type(root).__name__)
+
+
+def exported(root: nn.Module, example: Any) -> fx.GraphModule:
+    """The graph that torch.export finds by running the network on an example.
+
+    The first axis of every input may have another size later; all other sizes are the example's.
+    """
+    args, kwargs = pytree.tree_map(_at_least_two, arguments(example))
+    names = inspect.signature(root.forward).bind(*args, **kwargs).arguments
+    free = {name: pytree.tree_map(_first_axis_free, value) for name, value in names.items()}
+    program = torch.export.export(root, args, kwargs, dynamic_shapes=free, strict=False)
+    traced = program.module(check_guards=False)
+    assert isinstance(traced, fx.GraphModule)
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and str(getattr(node.target, "__name__", "")).startswith("_assert"):
+            traced.graph.erase_node(node)
+    _collapse_modules(traced.graph, root)
+    return fx.GraphModule(_Both(root, traced), traced.graph, class_name=type(root).__name__)
+
+
+def _at_least_two(value: Any) -> Any:
+    """An axis of size 1 would stay 1 for ever."""
+    is_single = isinstance(value, Tensor) and value.dim() and value.shape[0] == 1
+    return torch.cat([value, value]) if is_single else value
+
+
+def _first_axis_free(value: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+
+
+class _Both(nn.Module):
+    """The modules and parameters of a network, and the constants that its exported form has besides."""
+
+    def __init__(self, root: nn.Module, traced: fx.GraphModule) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in root.__dict__.items() if k not in self.__dict__})
+        for kind in ("_parameters", "_buffers", "_modules"):
+            getattr(self, kind).update({**getattr(traced, kind), **getattr(root, kind)})
+
+
+def _collapse_modules(graph: fx.Graph, root: nn.Module) -> None:
+    """Put back the calls of torch's own modules, in place of the operators that they consist of."""
+    calls: dict[str, tuple[str, list[fx.Node]]] = {}
+    for node in graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).items())
+        node.meta["path"] = stack[-1][1][0] if stack else ""
+        if node.op not in ("call_function", "call_method"):
+            continue
+        leaf = next(((key, path) for key, (path, _) in stack if path and _is_leaf(root, path)), None)
+        if leaf is not None:
+            calls.setdefault(leaf[0], (leaf[1], []))[1].append(node)
+    for path, nodes in calls.values():
+        _collapse(graph, path, nodes)
+    graph.eliminate_dead_code(_computes_nothing_else)
+
+
+def _is_leaf(root: nn.Module, path: str) -> bool:
+    return LayerTracer({}).is_leaf_module(root.get_submodule(path), path)
+
+
+def _collapse(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
+    inside = set(nodes)
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    inputs = [n for n in read if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor)]
+    results = [node for node in nodes if not node.users.keys() <= inside]
+    if len(inputs) != 1 or len(results) != 1:
+        return  # its operators stay
+    with graph.inserting_before(nodes[0]):
+        call = graph.create_node("call_module", path, (inputs[0],))
+    call.meta["path"] = path
+    results[0].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _computes_nothing_else(node: fx.Node) -> bool:
+    """Whether a node must stay although nothing reads it: one that writes into its input."""
+    return node.op in ("placeholder", "output") or (
+        node.op == "call_function" and ops.out_of_place(node.target) is not None
+    )
+
+
+def _why_impossible(symbolic_error: Exception, export_error: Exception) -> str:
+    """Name the line of the user's code at which capturing gave up."""
+    return (
+        f"the network cannot be traced{_line_of(symbolic_error)}: {one_line(symbolic_error)}; "
+        f"torch.export says{_line_of(export_error)}: {one_line(export_error)}; "
+        "rewrite that line without Python control flow on tensors"
+    )
+
+
+def _line_of(error: Exception) -> str:
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    libraries = (_TORCH, Path(__file__).parent)
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(p) for p in libraries)]
+    if not own:
+        return ""
+    line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
+    return f" at {own[-1].filename}:{own[-1].lineno} ({line})"
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line of text, cut to 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+

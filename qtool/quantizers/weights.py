@@ -1,0 +1,95 @@
+"""The integers of weights and biases, output channels first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import ConfigError
+from qtool.graph.fold import output_channels_first, restore_layout
+from qtool.numerics.affine import along_axis, dequantize, qparams_from_range, quantize
+from qtool.numerics.clipping import range_of_tensor
+from qtool.numerics.spec import ClipSpec, QParams, QuantSpec
+
+
+def quantize_weight(
+    name: str,
+    module: nn.Module,
+    spec: QuantSpec,
+    weight_range: tuple[float, float] | None = None,
+    clip: ClipSpec | None = None,
+) -> tuple[QParams, Tensor]:
+    """The grid and the integers of a layer's weight, output channels first.
+
+    Raises:
+        ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
+            per-channel grid.
+    """
+    weight = output_channels_first(module)
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
+    if weight_range is None:
+        try:
+            x_min, x_max = range_of_tensor(weight, spec, clip)
+        except ValueError as error:
+            raise ConfigError(f"layer {name!r}: its weight cannot be clipped: {error}") from error
+    elif spec.axis is None:
+        x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
+    else:
+        raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
+    qparams = qparams_from_range(x_min, x_max, spec)
+    return qparams, quantize(weight, qparams).to(integer_dtype(spec))
+
+
+def integer_dtype(spec: QuantSpec) -> torch.dtype:
+    """The smallest of torch's dtypes that holds a grid."""
+    if spec.num_bits <= 8:
+        return torch.int8 if spec.signed else torch.uint8
+    return torch.int16 if spec.signed else torch.int32
+
+
+def quantize_bias(bias: Tensor, steps_per_unit: Tensor, accum_bits: int) -> Tensor:
+    """Integers of a bias at the accumulator's scale, (C,), int64."""
+    limit = 2 ** (accum_bits - 1)
+    return torch.round(bias.double() * steps_per_unit).clamp(-limit, limit - 1).to(torch.int64)
+
+
+def accumulator_bits(grid: QParams, weight: QParams, weight_q: Tensor, bias_q: Tensor | None) -> int:
+    """Bits of a signed accumulator that no input on the grid can overflow.
+
+    Args:
+        grid: of the input.
+        weight: of the weight.
+        weight_q: its integers, output channels first.
+        bias_q: (C,), or None.
+    """
+    zero_point = along_axis(weight.zero_point, weight.spec.axis, weight_q.dim())
+    magnitudes = (weight_q.double() - zero_point).abs().flatten(1).sum(dim=1)  # (C,)
+    z = float(grid.zero_point)
+    largest_input = max(abs(grid.spec.quant_min - z), abs(grid.spec.quant_max - z))
+    sums = magnitudes * largest_input
+    if bias_q is not None:
+        sums = sums + bias_q.double().abs()
+    return math.ceil(math.log2(float(sums.max()) + 1)) + 1
+
+
+def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:
+    """A bias that went through a symmetric grid of its own, accum_bits wide."""
+    v = bias.double().abs().max()
+    steps_per_unit = (2**accum_bits - 1) / 2 / (v if float(v) else 1.0)
+    values: Tensor = quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit
+    return values.to(bias.dtype)
+
+
+def weight_values(weight: QParams, weight_q: Tensor) -> Tensor:
+    """The float weight that integers stand for, output channels first."""
+    return dequantize(weight_q.float(), weight)
+
+
+def weight_centered(weight: QParams, weight_q: Tensor, layer: nn.Module) -> Tensor:
+    """The centered integers of a weight in the layer's own layout, float32."""
+    ones = replace(weight, scale=torch.ones_like(weight.scale))
+    return restore_layout(dequantize(weight_q.float(), ones), layer)
