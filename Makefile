@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install style check test coverage golden docs demo clean
+.PHONY: help install style check test coverage golden docs demo gate clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -39,6 +39,9 @@ docs: install  ## rewrite the README's table of commands and flags
 
 demo: install  ## quantize the network that comes with qtool, and compare
 	$(VENV)/bin/qtool quantize --qe-mode asym_u --qe-per-channel
+
+gate: install  ## quantize the network that comes with qtool, and fail if its accuracy has dropped
+	$(VENV)/bin/qtool check configs/ci.yaml
 
 clean:  ## remove caches and build products; the virtual environment stays
 	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from qtool.config import SECTIONS, Config, load_config, options_of
+from qtool.config.options import PositiveFloat
 from qtool.errors import QtoolError
 
 LOG = logging.getLogger("qtool")
@@ -28,6 +29,9 @@ INTERRUPTED = "interrupted: files that were not finished have not been written"
 
 class QtoolCommand(click.Command):
     """A command whose help groups options by section, and whose errors are one message."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _spread_lists(args, self))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         grouped: dict[str, list[tuple[str, str]]] = {}
@@ -57,6 +61,30 @@ class QtoolCommand(click.Command):
             raise SystemExit(1) from error
         finally:
             LOG.removeHandler(handler)
+
+
+def _spread_lists(args: list[str], command: click.Command) -> list[str]:
+    """Repeat a list option for each of the words behind it, as Distiller's parser takes them.
+
+    The list ends at the next option, and at a word that is the name of a file or folder: that is DATA.
+    """
+    lists = {flag for p in command.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
+    spread: list[str] = []
+    current: str | None = None
+    first = False
+    for position, arg in enumerate(args):
+        if arg == "--":
+            return spread + args[position:]
+        if arg.startswith("-") and len(arg) > 1:
+            current, first = (arg if arg in lists else None), True
+        elif current is not None and not first and not os.path.lexists(arg):
+            spread.append(current)
+        elif current is not None and not first:
+            current = None
+        else:
+            first = False
+        spread.append(arg)
+    return spread
 
 
 class QtoolGroup(click.Group):
@@ -96,6 +124,16 @@ def _log_to_stderr() -> logging.Handler:
     return handler
 
 
+class QtoolOption(click.Option):
+    """An option whose default, where it is described in words, is shown without parentheses."""
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
+
 def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of some sections, and -c."""
 
@@ -109,6 +147,7 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
             command = click.option(
                 *opt.flags,
                 name,
+                cls=QtoolOption,
                 type=None if opt.is_flag else opt.type,
                 is_flag=opt.is_flag,
                 multiple=opt.multiple,
@@ -151,7 +190,14 @@ def _exit_now(_number: int, _frame: FrameType | None) -> None:
 DATA = click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
 
 
+# Read when it lies in the working directory and -c names no other.
+DEFAULT_CONFIG = Path("qtool.yaml")
+
+
 def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    if config_file is None and DEFAULT_CONFIG.is_file():
+        LOG.info("settings from %s", DEFAULT_CONFIG)
+        config_file = DEFAULT_CONFIG
     return load_config(config_file, **flags)
 
 
@@ -185,15 +231,60 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
+@click.option(
+    "-e", "--evaluate", "evaluate_", is_flag=True, help="In Distiller's scripts; this command does."
+)
+@click.option("--quantize-eval", "--qe", is_flag=True, help="In Distiller's scripts; this command does.")
+@click.option(
+    "--qe-calibration",
+    "calibration_portion",
+    type=PositiveFloat(1.0),
+    help="Calibrate on this share of the evaluation images, as --fraction does. Without --evaluate "
+    "--quantize-eval, write the statistics and end, as Distiller does.",
+)
+@click.option(
+    "--qe-config-file",
+    "quantizer_file",
+    type=click.Path(path_type=Path),
+    help="YAML file with a quantizer in Distiller's form.",
+)
 @config_options("model", "data", "calibration", "quantizers", "run")
-def quantize(config_file: Path | None, **flags: Any) -> None:
+def quantize(
+    config_file: Path | None,
+    evaluate_: bool,
+    quantize_eval: bool,
+    calibration_portion: float | None,
+    **flags: Any,
+) -> None:
     """Quantize a network, and compare its accuracy with the float network's.
 
     \b
     Example:
         qtool quantize -a resnet18 --pretrained --qe-mode asym_u --qe-per-channel /data/imagenet
     """
-    _print(_pipeline().quantize(_config(config_file, flags)).text)
+    _refuse_together(
+        {
+            "--qe-stats-file": flags["stats_file"],
+            "--qe-dynamic": flags["dynamic"],
+            "--qe-calibration": calibration_portion,
+            "--qe-config-file": flags["quantizer_file"],
+        }
+    )
+    if calibration_portion is not None:
+        _refuse_together({"--qe-calibration": calibration_portion, "--fraction": flags["fraction"]})
+        flags["fraction"] = calibration_portion
+    config = _config(config_file, flags)
+    if calibration_portion is not None and not (evaluate_ and quantize_eval):
+        LOG.info("--qe-calibration without --evaluate --quantize-eval: measuring statistics only")
+        _print(_pipeline().calibrate(config).text)
+    else:
+        _print(_pipeline().quantize(config).text)
+
+
+def _refuse_together(flags: dict[str, Any]) -> None:
+    given = [flag for flag, value in flags.items() if value]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude one another; give one of them.")
 
 
 @main.command(cls=QtoolCommand)

@@ -78,7 +78,8 @@ def compare(float_result: Result, quantized: Result) -> Comparison:
     Raises:
         ValueError: if they are not of the same images.
     """
-    if not torch.equal(float_result.labels, quantized.labels):
+    pairs = [(float_result.labels, quantized.labels), (float_result.indices, quantized.indices)]
+    if not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
         raise ValueError("the two results are of different images")
     right = float_result.predictions == float_result.labels
     right_q = quantized.predictions == quantized.labels
@@ -116,3 +117,20 @@ def table(rows: dict[str, Result], comparison: Comparison | None = None) -> str:
             f"logits SQNR {comparison.logit_sqnr_db:.1f} dB"
         )
     return "\n".join(lines)
+
+
+def confusion_csv(labels: Tensor, predictions: Tensor, classes: int) -> str:
+    """How often each class (row) was taken for each class (column).
+
+    Example:
+        >>> print(confusion_csv(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2))
+        label,0,1
+        0,1,0
+        1,1,1
+        <BLANKLINE>
+    """
+    counts = torch.bincount(labels * classes + predictions, minlength=classes * classes)
+    rows = counts.reshape(classes, classes).tolist()
+    header = ",".join(["label", *(str(c) for c in range(classes))])
+    body = [",".join(str(n) for n in (label, *row)) for label, row in enumerate(rows)]
+    return "\n".join([header, *body]) + "\n"

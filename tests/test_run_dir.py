@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import OutputError
-from qtool.run_dir import log_to, make_run_dir, write_text, write_whole
+from qtool.run_dir import check_writable, log_to, make_run_dir, write_text, write_whole
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -90,6 +90,15 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path):
 
 
 # The folder
+
+
+def test_a_place_that_cannot_be_written_is_found_out_before(tmp_path):
+    check_writable(tmp_path / "new" / "file.json")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x", "no files can be made")):
+        with pytest.raises(OutputError, match=message):
+            check_writable(path)
 
 
 def test_folder_is_named_after_the_time(tmp_path):

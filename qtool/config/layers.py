@@ -53,15 +53,22 @@ def check(config: QuantizeConfig) -> None:
     Raises:
         ConfigError: naming the flag.
     """
+    if config.dynamic and config.stats_file is not None:
+        raise ConfigError("--qe-dynamic: takes no --qe-stats-file; its ranges are those of each batch")
+    if config.per_sample and not config.dynamic:
+        raise ConfigError("--per-sample: has an effect with --qe-dynamic only; add that, or leave it out")
     variants = [("", config)]
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:
         _check_settings(where, settings)
-    if config.clip_n_stds is not None and not any(s.clip_activations == "n_std" for _, s in variants):
-        raise ConfigError(
-            f"--qe-clip-n-stds: has no effect with clip mode {config.clip_activations}; "
-            "add '--qe-clip-acts n_std', or leave it out"
-        )
+    own = [(f"overrides.{p}: ", s["clip_n_stds"]) for p, s in config.overrides.items() if "clip_n_stds" in s]
+    for where, n_stds in [("", config.clip_n_stds), *own]:
+        users = [s for w, s in variants if not where or w == where]
+        if n_stds is not None and not any(s.clip_activations == "n_std" for s in users):
+            raise ConfigError(
+                f"{where}--qe-clip-n-stds: has no effect with clip mode {users[0].clip_activations}; "
+                "add '--qe-clip-acts n_std', or leave it out"
+            )
 
 
 def _check_settings(where: str, settings: QuantizeConfig) -> None:
@@ -98,25 +105,25 @@ def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Layer
     overridden: set[str] = set()
     problems: list[str] = []
 
-    def each(patterns: Sequence[str]) -> list[tuple[str, list[str]]]:
+    def each(where: str, patterns: Sequence[str]) -> list[tuple[str, list[str]]]:
         found = []
         for pattern in patterns:
             try:
                 found.append((pattern, matching(pattern, names)))
             except ConfigError as error:
-                problems.append(str(error))
+                problems.append(f"{where}: {error}")
         return found
 
     # Distiller's files rely on a literal name to win over an expression that stands before it.
     literal_first = sorted(config.overrides, key=lambda pattern: pattern not in settings)
-    for pattern, matched in each(literal_first):
+    for pattern, matched in each("overrides", literal_first):
         for name in matched:
             if name not in overridden:
                 settings[name] = replace(config, **config.overrides[pattern])
         overridden.update(matched)
-    for _, matched in each(split_patterns(config.no_clip_layers)):
+    for _, matched in each("--qe-no-clip-layers", split_patterns(config.no_clip_layers)):
         settings.update({n: replace(settings[n], clip_activations="none") for n in matched})
-    for _, matched in each(split_patterns(config.no_quant_layers)):
+    for _, matched in each("--qe-no-quant-layers", split_patterns(config.no_quant_layers)):
         settings.update({n: replace(settings[n], bits_activations=0, bits_weights=0) for n in matched})
     if problems:
         raise ConfigError("\n".join(problems))

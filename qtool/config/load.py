@@ -12,7 +12,7 @@ import click
 import yaml
 
 from qtool.config.distiller import OLD_KEYS, QUANTIZER_CLASS, as_settings, find_quantizer
-from qtool.config.options import Numbers, Option, Shape, is_path, options_of
+from qtool.config.options import Numbers, Option, Shape, is_input_path, options_of
 from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, Config, QuantizeConfig
 from qtool.config.yaml_file import Lines, parse
 from qtool.errors import ConfigError, nearest
@@ -32,7 +32,12 @@ def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = No
 
     Raises:
         ConfigError: with every problem of the file, one line each: file, line, key, what was found.
+        TypeError: if there is no such option as a flag names.
     """
+    known = {name for cls in SECTIONS.values() for name, _, _ in options_of(cls)}
+    unknown = [name for name in flags if name not in known]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if path is not None:
         values |= read_sections(path)
@@ -206,7 +211,7 @@ class Reader:
 
     def _value(self, described: Option, value: Any) -> Any:
         parsed = _convert(described, value)
-        return self._located(parsed) if is_path(described) else parsed
+        return self._located(parsed) if is_input_path(described) else parsed
 
     def _located(self, path: Path) -> Path:
         """A relative path is looked up beside the file, then in the working directory.
@@ -262,6 +267,9 @@ def dump_config(config: Config) -> str:
         layer_only = {n for n, _, d in options_of(SECTIONS[section]) if d.layer_only} | {"input_overrides"}
         values = asdict(getattr(config, section))
         tree[section] = {name: _plain(v) for name, v in values.items() if name not in layer_only}
+    file, colon, factory = (config.model.arch or "").rpartition(".py:")
+    if colon:  # the user's own file, found from anywhere
+        tree["model"]["arch"] = f"{Path(f'{file}.py').absolute()}:{factory}"
     return yaml.safe_dump(tree, sort_keys=False)
 
 

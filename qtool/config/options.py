@@ -137,9 +137,11 @@ class PositiveFloat(click.ParamType[float]):
         return number
 
 
+# What is read, and what is written.
 FILE = click.Path(path_type=Path)
+OUTPUT = click.Path(path_type=Path)
 
 
-def is_path(described: Option) -> bool:
-    """Whether an option's value names a file or folder."""
-    return isinstance(described.type, click.Path)
+def is_input_path(described: Option) -> bool:
+    """Whether an option's value names a file or folder to read."""
+    return described.type is FILE

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qtool.config.options import FILE, Bits, FloatBits, Numbers, PositiveFloat, Shape, option
+from qtool.config.options import FILE, OUTPUT, Bits, FloatBits, Numbers, PositiveFloat, Shape, option
 from qtool.numerics.spec import CLIP_MODES, MODES
 
 DATASETS = ("folder", "imagenet", "cifar10", "cifar100", "mnist", "fashion-mnist", "npz", "digits")
@@ -95,6 +95,14 @@ class DataConfig:
     )
     batch_size: int = option(64, click.IntRange(1), "Images in a batch.", "-b", "--batch-size")
     workers: int = option(2, click.IntRange(0), "Processes that decode images.", "-j", "--workers")
+    print_freq: int | None = option(
+        None,
+        click.IntRange(1),
+        "Log a line of progress every so many batches.",
+        "-p",
+        "--print-freq",
+        shown_default="a progress bar",
+    )
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,12 @@ class QuantizeConfig:
     stats_file: Path | None = option(
         None, FILE, "Activation statistics from an earlier calibration.", "--qe-stats-file"
     )
+    dynamic: bool = option(
+        False, click.BOOL, "Take the range of activations from each batch that passes.", "--qe-dynamic"
+    )
+    per_sample: bool = option(
+        False, click.BOOL, "With --qe-dynamic: from each image, whatever its neighbours.", "--per-sample"
+    )
     save_fp_weights: bool = option(
         False,
         click.BOOL,
@@ -259,7 +273,7 @@ class RunConfig:
     """Run"""
 
     out_dir: Path = option(
-        Path("logs"), FILE, "Folder in which the run's own folder is made.", "-o", "--out-dir"
+        Path("logs"), OUTPUT, "Folder in which the run's own folder is made.", "-o", "--out-dir"
     )
     name: str | None = option(
         None,
@@ -271,13 +285,28 @@ class RunConfig:
     )
     seed: int = option(0, click.IntRange(0, 2**32 - 1), "Chooses the calibration images.", "--seed")
     device: str = option("cpu", click.STRING, "Where the network runs: cpu, cuda, cuda:1.", "--device")
+    cpu: bool = option(False, click.BOOL, "Run on the CPU, as --device cpu does.", "--cpu")
+    gpus: str | None = option(
+        None, click.STRING, "Run on the GPU of this number, as --device cuda:N does.", "--gpus", metavar="N"
+    )
+    det: bool = option(
+        False, click.BOOL, "Refuse operations whose result depends on timing (a GPU has some).", "--det"
+    )
+    confusion: bool = option(
+        False, click.BOOL, "Write confusion matrices (rows: labels, columns: predictions).", "--confusion"
+    )
     skip_float: bool = option(False, click.BOOL, "Do not evaluate the float network.", "--skip-float")
     save_predictions: Path | None = option(
         None,
-        FILE,
+        OUTPUT,
         "Write path, label and predictions of every image to this .npz file.",
         "--save-predictions",
     )
+
+    @property
+    def chosen_device(self) -> str:
+        """Where the network runs, by whichever of the three flags says it."""
+        return "cpu" if self.cpu else self.device if self.gpus is None else f"cuda:{self.gpus}"
 
 
 SECTIONS: dict[str, type] = {

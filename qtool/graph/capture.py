@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth
 
 from qtool.errors import ModelError
-from qtool.graph import ops
 from qtool.graph.examples import absent, arguments
 
 # torchvision's own modules that symbolic tracing must not enter.
@@ -117,22 +116,24 @@ class _Both(nn.Module):
 
 def _collapse_modules(graph: fx.Graph, root: nn.Module) -> None:
     """Put back the calls of torch's own modules, in place of the operators that they consist of."""
+    modules = dict(root.named_modules(remove_duplicate=False))
     calls: dict[str, tuple[str, list[fx.Node]]] = {}
     for node in graph.nodes:
-        stack = list(node.meta.get("nn_module_stack", {}).items())
-        node.meta["path"] = stack[-1][1][0] if stack else ""
+        stack = [
+            (k, path) for k, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in modules
+        ]
+        node.meta["path"] = stack[-1][1] if stack else ""
         if node.op not in ("call_function", "call_method"):
             continue
-        leaf = next(((key, path) for key, (path, _) in stack if path and _is_leaf(root, path)), None)
+        leaf = next(((key, path) for key, path in stack if path and _is_leaf(modules[path])), None)
         if leaf is not None:
             calls.setdefault(leaf[0], (leaf[1], []))[1].append(node)
     for path, nodes in calls.values():
         _collapse(graph, path, nodes)
-    graph.eliminate_dead_code(_computes_nothing_else)
 
 
-def _is_leaf(root: nn.Module, path: str) -> bool:
-    return LayerTracer({}).is_leaf_module(root.get_submodule(path), path)
+def _is_leaf(module: nn.Module) -> bool:
+    return LayerTracer({}).is_leaf_module(module, "")
 
 
 def _collapse(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
@@ -144,18 +145,11 @@ def _collapse(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
         return  # its operators stay
     with graph.inserting_before(nodes[0]):
         call = graph.create_node("call_module", path, (inputs[0],))
-    call.meta["path"] = path
+    call.meta.update(path=path, val=results[0].meta["val"])
     results[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         if not node.users:
             graph.erase_node(node)
-
-
-def _computes_nothing_else(node: fx.Node) -> bool:
-    """Whether a node must stay although nothing reads it: one that writes into its input."""
-    return node.op in ("placeholder", "output") or (
-        node.op == "call_function" and ops.out_of_place(node.target) is not None
-    )
 
 
 def _why_impossible(symbolic_error: Exception, export_error: Exception) -> str:
@@ -180,4 +174,3 @@ def _line_of(error: Exception) -> str:
 def one_line(error: BaseException) -> str:
     """An error as one line of text, cut to 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qtool.errors import StatsError
 from qtool.graph import ops
-from qtool.graph.trace import float_tensors, layers, tensor_inputs
+from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.observers.moments import MomentsObserver
 from qtool.observers.stats import LayerStats, ModelStats
 
@@ -38,7 +38,8 @@ class Observation:
         return ModelStats(
             {
                 name: LayerStats(
-                    {i: found[source] for i, source in enumerate(tensor_inputs(node))}, found.get(node)
+                    {i: found[source] for i, source in enumerate(tensor_inputs(node)) if source in found},
+                    found.get(node),
                 )
                 for name, node, _ in layers(self.traced)
             }
@@ -58,7 +59,9 @@ def observe(traced: fx.GraphModule) -> Iterator[Observation]:
     try:
         for name, node, module in layers(traced):
             fresh = [
-                (i, s) for i, s in enumerate(tensor_inputs(node)) if s not in produced and s not in observers
+                (i, s)
+                for i, s in enumerate(tensor_inputs(node))
+                if s not in produced and s not in observers and not is_mask(node, i)
             ]
             for _, source in fresh:
                 observers[source] = MomentsObserver()

@@ -6,6 +6,7 @@ computed once.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +103,8 @@ def _layer_name(parameter: str, node: fx.Node, layer: nn.Module) -> str:
         path = node.meta.get("path", "")
         op = ops.module_op(layer)
         return f"{path}.{op}" if path else op
-    return parameter.removesuffix("weight").rstrip("._") or ops.module_op(layer)
+    name = parameter.removesuffix("weight").rstrip("._") or ops.module_op(layer)
+    return f"{name}_" if keyword.iskeyword(name.rpartition(".")[2]) else name
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -74,6 +74,11 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in found if ops.is_float_tensor(n.meta.get("value"))]
 
 
+def is_mask(node: fx.Node, index: int) -> bool:
+    """Whether a float tensor that a node reads is a mask; its -inf is on no grid, so it stays in float."""
+    return node.meta["op"] == "softmax" and index > 0
+
+
 def copy_graph(traced: fx.GraphModule) -> fx.GraphModule:
     """A graph that can be changed without changing the given one; the leaf modules are shared."""
     copied = fx.GraphModule(traced, copy.deepcopy(traced.graph), class_name=type(traced).__name__)

@@ -68,6 +68,8 @@ class Subject:
 
 def announce_default(config: Config, data_needed: bool = True) -> None:
     """Say in the first line that the embedded network, and images, are used."""
+    if data_needed and config.data.path is not None and not config.data.path.exists():
+        raise DataError(f"{config.data.path}: no such file or folder; DATA names the evaluation images")
     no_model = config.model.arch is None and config.model.checkpoint is None
     if not no_model:
         return
@@ -246,6 +248,10 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
         fraction = fraction if fraction is not None or samples is not None else DEFAULT_FRACTION
     if fraction is None and samples is None:
         samples = min(DEFAULT_SAMPLES, len(dataset))
+    if samples is not None and samples > len(dataset):
+        raise DataError(
+            f"--calib-samples: {samples} images asked for, but {dataset.name} has {len(dataset)}; ask for fewer"
+        )
     indices = calibration_indices(len(dataset), fraction=fraction, samples=samples, seed=config.run.seed)
     words = f"{len(indices)} of {len(dataset)} images of {dataset.name} (seed {config.run.seed})"
     return Images(dataset, indices, words, from_evaluation)

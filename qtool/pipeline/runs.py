@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,12 @@ from torch import fx
 
 import qtool.config as configs
 from qtool.config import Config
+from qtool.data.loader import Loader
 from qtool.errors import ConfigError
+from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats, read_stats, write_stats
 from qtool.pipeline import steps
+from qtool.pipeline.coverage import coverage
 from qtool.pipeline.describe import layer_quant_params, layer_table
 from qtool.pipeline.inputs import (
     ADVICE,
@@ -35,7 +38,7 @@ from qtool.pipeline.inputs import (
 )
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
-from qtool.report import Comparison, Result, compare, table
+from qtool.report import Comparison, Result, compare, confusion_csv, table
 from qtool.run_dir import check_writable, log_to, make_run_dir, write_text, write_whole
 
 LOG = logging.getLogger("qtool")
@@ -68,7 +71,7 @@ def calibrate(config: Config) -> Outcome:
     traced = subject.traced()
     with _run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats = _measure(config, traced, images)
+        stats = measure_stats(config, traced, images)
         path = write_text(folder / STATS_FILE, write_stats(stats))
     return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {images.words}\n{path}", folder)
 
@@ -81,42 +84,78 @@ def quantize(config: Config) -> Outcome:
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
-    stats_file = config.quantizers.stats_file
-    given = None if stats_file is None else read_stats(stats_file)
-    calibration = None if given is not None else open_calibration(config, subject, evaluation)
-    overlapping = None if calibration is None else shared_images(evaluation, calibration)
+    ranges = find_ranges(config, subject, evaluation)
     with _run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        if given is not None:
-            stats = given
-            LOG.info("statistics: %s", stats.source)
-        else:
-            assert calibration is not None
-            stats = _measure(config, traced, calibration)
+        stats = ranges.given
+        if ranges.calibration is not None:
+            stats = measure_stats(config, traced, ranges.calibration)
             write_text(folder / STATS_FILE, write_stats(stats))
         model = steps.quantize(traced, stats, config.quantizers)
         log_notes(model)
-        if model.plan.edited_stats is not None:
-            write_text(folder / EDITED_STATS_FILE, write_stats(model.plan.edited_stats))
-        params = layer_quant_params(model.plan, specs)
-        write_text(folder / LAYER_PARAMS_FILE, yaml.safe_dump(params, sort_keys=False))
-        info = model_info(subject, _classes(traced))
-        prefix = f"{config.run.name}_" if config.run.name else ""
-        steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **info)
+        _write_model(config, folder, subject, traced, model, specs)
         results, comparison = _evaluate_both(config, subject, model, evaluation)
         record = _record(config, subject, evaluation, results, comparison)
-        record["calibration"] = (
-            {"stats_file": str(config.quantizers.stats_file)}
-            if calibration is None
-            else {
-                "images": len(calibration.indices),
-                "dataset": calibration.dataset.name,
-                "overlap": overlapping,
-            }
-        )
+        record["calibration"] = ranges.record
         _finish(config, folder, record, evaluation, results)
     text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"
     return Outcome(text, folder, record)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Where the ranges of activations come from: one of the two, or neither in dynamic mode.
+
+    Args:
+        given: statistics from a file.
+        calibration: images to measure them on.
+        record: the same for results.json.
+    """
+
+    given: ModelStats | None
+    calibration: Images | None
+    record: dict[str, Any]
+
+
+def find_ranges(config: Config, subject: Subject, evaluation: Images) -> Ranges:
+    """Open the one source of ranges that was asked for; several at once are refused."""
+    asked = config.calibration
+    stats_file = config.quantizers.stats_file
+    if config.quantizers.dynamic or stats_file is not None:
+        source = "--qe-dynamic" if config.quantizers.dynamic else "--qe-stats-file"
+        wanted = (asked.fraction, asked.calib_samples, asked.calib_data, asked.calib_split)
+        if any(value is not None for value in wanted):
+            raise ConfigError(
+                f"{source}: calibration images were given too; leave out {source}, "
+                "or the options of calibration"
+            )
+        if stats_file is None:
+            LOG.info("dynamic mode: the ranges of activations are those of each batch")
+            return Ranges(None, None, {"dynamic": True, "per_sample": config.quantizers.per_sample})
+        given = read_stats(stats_file)
+        LOG.info("statistics: %s", given.source)
+        return Ranges(given, None, {"stats_file": str(stats_file)})
+    images = open_calibration(config, subject, evaluation)
+    overlap = shared_images(evaluation, images)
+    record = {"images": len(images.indices), "dataset": images.dataset.name, "overlap": overlap}
+    return Ranges(None, images, record)
+
+
+def _write_model(
+    config: Config,
+    folder: Path,
+    subject: Subject,
+    traced: fx.GraphModule,
+    model: QuantizedModel,
+    specs: Mapping[str, LayerSpec],
+) -> None:
+    """Write what a quantized network was made from, and the network."""
+    if model.plan.edited_stats is not None:
+        write_text(folder / EDITED_STATS_FILE, write_stats(model.plan.edited_stats))
+    params = layer_quant_params(model.plan, specs)
+    write_text(folder / LAYER_PARAMS_FILE, yaml.safe_dump(params, sort_keys=False))
+    prefix = f"{config.run.name}_" if config.run.name else ""
+    steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **model_info(subject, _classes(traced)))
 
 
 def evaluate(config: Config) -> Outcome:
@@ -140,7 +179,8 @@ def list_layers(config: Config) -> str:
     subject = open_subject(config)
     refuse_quantized(subject, "layers")
     traced = subject.traced()
-    return layer_table(traced, steps.specs_for(traced, config.quantizers))
+    specs = steps.specs_for(traced, config.quantizers)
+    return f"{layer_table(traced, specs)}\n{coverage(traced, specs).text}"
 
 
 def check_before_work(config: Config, data_needed: bool) -> None:
@@ -152,11 +192,12 @@ def check_before_work(config: Config, data_needed: bool) -> None:
     configs.check(config.quantizers)
     announce_default(config, data_needed)
     try:
-        device = torch.device(config.run.device)
+        device = torch.device(config.run.chosen_device)
         torch.zeros(1, device=device).item()  # the device "meta" has shapes, but no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device: {config.run.device} cannot be used here: {reason}") from error
+        raise ConfigError(f"--device: {config.run.chosen_device} cannot be used here: {reason}") from error
+    torch.use_deterministic_algorithms(config.run.det)
     _check_outputs(config)
 
 
@@ -195,10 +236,13 @@ def _run_folder(config: Config) -> Iterator[Path]:
             raise
 
 
-def _measure(config: Config, traced: fx.GraphModule, images: Images) -> ModelStats:
+def measure_stats(config: Config, traced: fx.GraphModule, images: Images) -> ModelStats:
+    """Calibrate on some images, as a run's data and device settings say."""
     LOG.info("calibrating on %s", images.words)
     loader = images.loader(config)
-    stats = steps.calibrate(traced, loader, device=config.run.device, progress=True)
+    batches = _announced(config, loader, "calibrating")
+    bar = config.data.print_freq is None
+    stats = steps.calibrate(traced, batches, device=config.run.chosen_device, progress=bar)
     note_bad_images(loader.bad_images)
     return stats
 
@@ -216,9 +260,29 @@ def _evaluate_both(
 
 def _evaluate(config: Config, network: torch.nn.Module, images: Images, progress: str) -> Result:
     loader = images.loader(config)
-    result = steps.evaluate(network, loader, device=config.run.device, progress=progress)
+    batches = _announced(config, loader, progress)
+    bar = progress if config.data.print_freq is None else None
+    result = steps.evaluate(network, batches, device=config.run.chosen_device, progress=bar)
     note_bad_images(loader.bad_images)
     return result
+
+
+class _Announced:
+    """Batches that log a line every so many, at every iteration."""
+
+    def __init__(self, loader: Loader, every: int, doing: str) -> None:
+        self.loader, self.every, self.doing = loader, every, doing
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.loader, start=1):
+            yield batch
+            if number % self.every == 0 or number == len(self.loader):
+                LOG.info("%s: batch %d of %d", self.doing, number, len(self.loader))
+
+
+def _announced(config: Config, loader: Loader, doing: str) -> Iterable[Any]:
+    every = config.data.print_freq
+    return loader if every is None else _Announced(loader, every, doing)
 
 
 def log_notes(model: QuantizedModel) -> None:
@@ -283,6 +347,12 @@ def _finish(
         path = _npz_path(config.run.save_predictions)
         write_whole(path, lambda file: np.savez_compressed(file, **_predictions(evaluation, results)))
         LOG.info("predictions: %s", path)
+    if config.run.confusion:
+        classes = int(next(iter(results.values())).logits.shape[1])
+        for name, result in results.items():
+            path = folder / f"confusion_{name}.csv"
+            write_text(path, confusion_csv(result.labels, result.predictions, classes))
+            LOG.info("confusion matrix: %s", path)
     # Last, so that it says that the run has ended well.
     write_text(folder / RESULTS_FILE, json.dumps(_finite(record), indent=2) + "\n")
 

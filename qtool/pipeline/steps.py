@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
-from qtool.errors import DataError, ModelError
+from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.observe import observe
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
@@ -71,15 +71,15 @@ def calibrate(
 
 def quantize(
     model: nn.Module,
-    stats: ModelStats,
+    stats: ModelStats | None,
     config: QuantizeConfig | None = None,
     example: Tensor | None = None,
 ) -> QuantizedModel:
-    """Quantize a network with static activation ranges.
+    """Quantize a network, with activation ranges from statistics or, in dynamic mode, from each batch.
 
     Args:
         model: a float network, or one that trace has given.
-        stats: from calibrate or read_stats, of the same network.
+        stats: from calibrate or read_stats, of the same network; None with config.dynamic only.
         config: what is asked; None for the defaults (8 bits, symmetric, per tensor).
         example: an input batch; None makes one of the shape that stats recorded.
 
@@ -90,8 +90,13 @@ def quantize(
     """
     config = config or QuantizeConfig()
     check(config)
+    if config.dynamic != (stats is None):
+        raise ConfigError(
+            "dynamic mode takes no statistics, and static mode needs them; "
+            f"found dynamic = {config.dynamic} with {'no' if stats is None else 'some'} statistics"
+        )
     traced = _as_traced(model) or trace(model, _example_for(stats, example))
-    return quantize_graph(traced, stats, specs_for(traced, config))
+    return quantize_graph(traced, stats, specs_for(traced, config), config.per_sample)
 
 
 def specs_for(traced: fx.GraphModule, config: QuantizeConfig) -> dict[str, LayerSpec]:
@@ -218,9 +223,11 @@ def example_input(shape: Iterable[int]) -> Tensor:
     return torch.randn(EXAMPLE_IMAGES, *shape, generator=generator)
 
 
-def _example_for(stats: ModelStats, example: Tensor | None) -> Tensor:
+def _example_for(stats: ModelStats | None, example: Tensor | None) -> Tensor:
     if example is not None:
         return example
+    if stats is None:
+        raise ConfigError("without statistics the shape of the input is not known; pass an example")
     shape = stats.input_shape()
     if shape is None:
         raise ModelError(f"{stats.source}: does not say the shape of the network's input; pass an example")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from qtool.errors import ConfigError
 from qtool.graph import ops
 from qtool.graph.neighbours import FUSIBLE, fused_activations
-from qtool.graph.trace import layers, tensor_inputs
+from qtool.graph.trace import is_mask, layers, tensor_inputs
 from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_from_range, quantize_centered
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import InputSpec, LayerSpec, QParams
@@ -108,13 +108,21 @@ def _asked(node: fx.Node, spec: LayerSpec, kind: str, activation: str | None) ->
     half_range = spec.clip.half_range or activation is not None or op in FUSIBLE
     as_it_comes = kind == DYNAMIC_FAKE and (op in plans.WEIGHTED or not spec.quantize_inputs)
     fallback = InputSpec(spec.output, replace(spec.clip, half_range=False)) if spec.input_fallback else None
-    inputs = tuple(spec.inputs.get(i, fallback) for i, _ in enumerate(tensor_inputs(node)))
+    inputs = tuple(
+        None if _stays_float(node, i, source, kind) else spec.inputs.get(i, fallback)
+        for i, source in enumerate(tensor_inputs(node))
+    )
     return DynamicSpec(
         spec.output,
         replace(spec.clip, half_range=half_range),
         (None,) * len(inputs) if as_it_comes else inputs,
         activation,
     )
+
+
+def _stays_float(node: fx.Node, index: int, source: fx.Node, kind: str) -> bool:
+    """Whether an input is no activation: a mask, or a parameter of an operation in float."""
+    return is_mask(node, index) or (kind == DYNAMIC_FAKE and source.op == "get_attr")
 
 
 def live_grid(x: Tensor, asked: InputSpec, scale_approx_bits: int | None = None) -> QParams:
@@ -201,9 +209,13 @@ class DynamicWeighted(_DynamicLayer):
 class DynamicMatmul(_DynamicLayer):
     """A product of two matrices, or batches of them, on integers."""
 
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.function = function
+
     def forward(self, a: Tensor | OnGrid, b: Tensor | OnGrid) -> OnGrid:
         first, second = self.take(a, 0), self.take(b, 1)
-        accumulator = torch.matmul(first.centered, second.centered).round_()
+        accumulator = self.function(first.centered, second.centered).round_()
         accumulator = clamp_accumulator(accumulator, max(self.accum_bits, plans.OP_ACCUM_BITS))
         return self.give(accumulator * (first.scale * second.scale))
 
@@ -305,4 +317,7 @@ def _build(module: nn.Module, plan: LayerPlan) -> nn.Module:
         return DynamicEmbedding(module, plan)
     if plan.kind == DYNAMIC_FAKE:
         return DynamicFake(module, plan)
-    return DynamicMatmul(plan) if plan.op == "matmul" else DynamicWeighted(module, plan)
+    if plan.op in plans.WEIGHTED:
+        return DynamicWeighted(module, plan)
+    function: Any = torch.matmul if plan.op == "matmul" else module.function
+    return DynamicMatmul(function, plan)

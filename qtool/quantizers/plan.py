@@ -17,7 +17,7 @@ from qtool.errors import ConfigError, StatsError
 from qtool.graph import ops
 from qtool.graph.fold import output_channels_first
 from qtool.graph.neighbours import FUSIBLE, edit_stats, fused_activations
-from qtool.graph.trace import layers, tensor_inputs
+from qtool.graph.trace import is_mask, layers, tensor_inputs
 from qtool.numerics.affine import approximate_multiplier, qparams_from_range
 from qtool.numerics.clipping import choose_range
 from qtool.numerics.spec import ClipSpec, InputSpec, LayerSpec, QParams, QuantSpec
@@ -45,7 +45,7 @@ NOT_ASKED = "not asked for"  # the note of a layer that was to stay in float
 
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 # Operations that compute on the integers of all their inputs.
-INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul"})
+INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul", "einsum"})
 # Their accumulators are never narrower, whatever is asked for convolutions and linear layers.
 OP_ACCUM_BITS = 32
 
@@ -291,7 +291,10 @@ class _Planner:
 
     def _plan_embedding(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
-        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None))
+        # Its output is rows of the table: what calibration saw of it says which values matter.
+        record = self.stats.layers[name].output if name in self.stats.layers else None
+        seen = None if record is None else (record.min, record.max)
+        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None), seen)
         kept = output_channels_first(module).clone() if spec.keep_float_weight else None
         return LayerPlan(
             EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q, float_weight=kept
@@ -318,7 +321,10 @@ class _Planner:
     def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:
         # A convolution whose weights stay in float takes its inputs as they come.
         takes_as_is = (op in WEIGHTED and spec.float_bits is None) or not spec.quantize_inputs
-        inputs = (None,) * len(tensor_inputs(node)) if takes_as_is else self._fresh_inputs(name, node, spec)
+        sources = tensor_inputs(node)
+        inputs = (None,) * len(sources) if takes_as_is else self._fresh_inputs(name, node, spec)
+        # So do parameters, such as those of a layer norm.
+        inputs = tuple(None if source.op == "get_attr" else inputs[i] for i, source in enumerate(sources))
         return LayerPlan(
             FAKE,
             op,
@@ -347,7 +353,10 @@ class _Planner:
             raise ConfigError(
                 f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(sources)} inputs, counted from 0"
             )
-        return tuple(self._fresh_input(name, i, source, spec) for i, source in enumerate(sources))
+        return tuple(
+            None if is_mask(node, i) else self._fresh_input(name, i, source, spec)
+            for i, source in enumerate(sources)
+        )
 
     def _fresh_input(self, name: str, index: int, source: fx.Node, spec: LayerSpec) -> QParams | None:
         """The grid of one input, or None if it arrives on one."""

@@ -244,7 +244,8 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
             plan.accum_bits,
             torch.float64 if plan.accum_float64 else torch.float32,
         )
-    function = torch.matmul if plan.op == "matmul" else torch.mul
+    functions = {"matmul": torch.matmul, "mul": torch.mul}
+    function: Any = functions.get(plan.op) or module.function
     return QuantProduct(function, requantize, plan.accum_bits)
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from qtool.config import Config
 from qtool.data.loader import Batch, make_loader
 from qtool.numerics.metrics import ratio_db, top_k_correct
-from qtool.observers.stats import ModelStats, read_stats
+from qtool.observers.stats import ModelStats
 from qtool.pipeline import runs, steps
-from qtool.pipeline.inputs import open_calibration, open_evaluation, open_subject, shared_images
+from qtool.pipeline.inputs import open_evaluation, open_subject
 from qtool.report import Result
 
 Flags = NDArray[np.bool_]
@@ -83,7 +83,7 @@ def compare_batch(float_result: Result, quantized: Result) -> Evidence:
 
 def bench_key(config: Config) -> Hashable:
     """Equal for runs that may share a bench."""
-    return config.model, config.data, config.run.seed, config.run.device
+    return config.model, config.data, config.run.seed, config.run.chosen_device, config.run.det
 
 
 class Bench:
@@ -104,7 +104,7 @@ class Bench:
         runs.refuse_quantized(self._subject, "check")
         self._evaluation = open_evaluation(config, self._subject)
         self._traced = self._subject.traced()
-        self._float = steps.evaluable(self._subject.network, config.run.device)
+        self._float = steps.evaluable(self._subject.network, config.run.chosen_device)
         self._float_results: list[Result] = []
         self._stats: dict[Hashable, ModelStats] = {}
         self.numbers = np.array(self._evaluation.indices)
@@ -117,7 +117,8 @@ class Bench:
         dataset = self._evaluation.dataset
         digest = hashlib.sha256()
         for number in self._evaluation.indices:
-            digest.update(f"{Path(dataset.path_of(number)).name}\0{dataset.labels[number]}\n".encode())
+            line = f"{Path(dataset.path_of(number)).name}\0{dataset.labels[number]}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))  # a file's name may be any bytes
         return {
             "arch": self._subject.arch,
             "checkpoint_sha256": self._subject.checkpoint_sha256,
@@ -136,7 +137,7 @@ class Bench:
             decided: is given the evidence so far, after each batch.
             name: of the run, for the progress bar.
         """
-        device = config.run.device
+        device = config.run.chosen_device
         model = steps.quantize(self._traced, self._stats_for(config), config.quantizers)
         runs.log_notes(model)
         model = steps.evaluable(model, device)
@@ -162,17 +163,13 @@ class Bench:
             self._float_results.append(steps.evaluate(self._float, [batch], device=device))
         return self._float_results[number]
 
-    def _stats_for(self, config: Config) -> ModelStats:
-        if config.quantizers.stats_file is not None:
-            return read_stats(config.quantizers.stats_file)
+    def _stats_for(self, config: Config) -> ModelStats | None:
+        ranges = runs.find_ranges(config, self._subject, self._evaluation)
+        if ranges.calibration is None:
+            return ranges.given
         key = config.calibration
         if key not in self._stats:
-            images = open_calibration(config, self._subject, self._evaluation)
-            shared_images(self._evaluation, images)
-            runs.LOG.info("calibrating on %s", images.words)
-            loader = images.loader(config)
-            self._stats[key] = steps.calibrate(self._traced, loader, device=config.run.device, progress=True)
-            runs.note_bad_images(loader.bad_images)
+            self._stats[key] = runs.measure_stats(config, self._traced, ranges.calibration)
         return self._stats[key]
 
 

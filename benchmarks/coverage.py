@@ -1,0 +1,102 @@
+"""How much of the work of torchvision's networks runs on integers, and how close the logits stay.
+
+    python benchmarks/coverage.py benchmarks/coverage.md
+
+Static quantization, 8 bits, asym_u, weights per channel. The weights are random; what a trained network
+never has is repaired first: batch norms get the statistics of random images, and parameters that start
+as nothing (class tokens, heads and positions of zeros; layer scales of 1e-6) get the size of trained
+ones. SQNR is of the logits against the float network's on images that did not calibrate. Each network
+runs in a process of its own.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+import torchvision
+from torch import nn
+from torchvision_models import fit_batch_norms
+
+import qtool
+from qtool.numerics.metrics import sqnr_db
+from qtool.pipeline.coverage import coverage
+from qtool.pipeline.steps import specs_for
+from qtool.run_dir import write_text
+
+MODELS = (
+    *("vit_b_16", "swin_t", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small", "densenet121"),
+    *("googlenet", "shufflenet_v2_x1_0", "regnet_y_400mf", "swin_v2_t", "maxvit_t", "resnet18"),
+)
+IMAGES = 4
+# Class tokens and positions of trained transformers are about as large as their patch embeddings.
+TOKEN_STD = 0.5
+HEAD_STD = 0.02
+# A trained ConvNeXt's layer scales lie between 0.01 and 1.
+LAYER_SCALE = 0.1
+
+
+def give_trained_sizes(model: nn.Module, generator: torch.Generator) -> None:
+    """Parameters that start as nothing get the size of trained ones."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("class_token", "pos_embedding")):
+            parameter.normal_(std=TOKEN_STD, generator=generator)
+        elif name.endswith("layer_scale"):
+            parameter.fill_(LAYER_SCALE)
+        elif parameter.dim() == 2 and not parameter.any():
+            parameter.normal_(std=HEAD_STD, generator=generator)
+
+
+@torch.no_grad()
+def run(arch: str) -> str:
+    """One row of the table."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    loaded = qtool.load_model(arch)
+    generator = torch.Generator().manual_seed(0)
+    calibration, images = torch.randn(2, IMAGES, *loaded.input_shape, generator=generator)
+    fit_batch_norms(loaded.model, calibration)
+    give_trained_sizes(loaded.model, generator)
+    traced = qtool.trace(loaded.model, calibration[:2])
+    config = qtool.QuantizeConfig(mode="asym_u", per_channel_weights=True)
+    covered = coverage(traced, specs_for(traced, config))
+    quantized = qtool.quantize(traced, qtool.calibrate(traced, [calibration]), config)
+    sqnr = sqnr_db(loaded.model(images), quantized(images))
+    return (
+        f"| {arch} | {covered.total / 1e9:.2f} | {covered.percent:.2f} | {len(covered.left)} "
+        f"| {sqnr:.1f} | {time.perf_counter() - start:.0f} |"
+    )
+
+
+@click.command()
+@click.argument("result", type=click.Path(path_type=Path))
+@click.option("--model", help="Print the row of this network alone.")
+def main(result: Path, model: str | None) -> None:
+    """Write the table of all networks to RESULT."""
+    if model is not None:
+        click.echo(run(model))
+        return
+    rows = []
+    for name in MODELS:
+        command = [sys.executable, __file__, str(result), "--model", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        failure = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        rows.append(done.stdout.strip() if done.returncode == 0 else f"| {name} | FAILED: {failure} |")
+        click.echo(rows[-1], err=True)
+        lines = [
+            "# Coverage of multiply-accumulates",
+            "",
+            *(line.strip() for line in (__doc__ or "").strip().splitlines()),
+            "",
+            f"torch {torch.__version__}, torchvision {torchvision.__version__}.",
+            "",
+            "| network | 10^9 multiply-accumulates | quantized % | layers left out | logits SQNR dB | seconds |",
+            "|---|---|---|---|---|---|",
+        ]
+        write_text(result, "\n".join([*lines, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
