@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOG_LARGEST_COSINE_SCALE = math.log(100.0)
@@ -113,7 +113,9 @@ class MultiheadAttention(nn.Module):
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).movedim(self.sequence_axis, -2)
+        heads: Any = x
+        split: Tensor = heads.unflatten(-1, (self.num_heads, self.head_dim)).movedim(self.sequence_axis, -2)
+        return split
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -134,10 +136,10 @@ def _softmax(scores: Tensor, *masks: Any) -> Tensor:
 
 
 def scaled_dot_product_attention(
-    query: fx.Proxy,
-    key: fx.Proxy,
-    value: fx.Proxy,
-    attn_mask: fx.Proxy | None = None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -151,28 +153,28 @@ def scaled_dot_product_attention(
         key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
     if attn_mask is not None and attn_mask.node.meta["value"].dtype == torch.bool:
         attn_mask = ~attn_mask  # there, True keeps a key
-    scores: Any = torch.matmul(query, key.transpose(-2, -1)) * scale  # type: ignore[call-overload]
-    return torch.matmul(_softmax(scores, attn_mask, None, is_causal), value)  # type: ignore[call-overload]
+    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    return torch.matmul(_softmax(scores, attn_mask, None, is_causal), value)
 
 
-def shape_of(x: fx.Proxy) -> tuple[int, ...]:
+def shape_of(x: Any) -> tuple[int, ...]:
     """The shape of a traced value on the example."""
     return tuple(x.node.meta["value"].shape)
 
 
 def shifted_window_attention(
-    x: fx.Proxy,
-    qkv_weight: fx.Proxy,
-    proj_weight: fx.Proxy,
-    relative_position_bias: fx.Proxy,
+    x: Any,
+    qkv_weight: Any,
+    proj_weight: Any,
+    relative_position_bias: Any,
     window_size: list[int],
     num_heads: int,
     shift_size: list[int],
     attention_dropout: float = 0.0,
     dropout: float = 0.0,
-    qkv_bias: fx.Proxy | None = None,
-    proj_bias: fx.Proxy | None = None,
-    logit_scale: fx.Proxy | None = None,
+    qkv_bias: Any = None,
+    proj_bias: Any = None,
+    logit_scale: Any = None,
     training: bool = False,
 ) -> Any:
     """Swin's attention in windows, of traced values, as layers.
@@ -194,8 +196,8 @@ def shifted_window_attention(
     y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (N, windows, L, C)
     if logit_scale is not None and qkv_bias is not None:
         q_bias, _, v_bias = qkv_bias.chunk(3)  # keys have no bias there
-        qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])  # type: ignore[assignment]
-    y = F.linear(y, qkv_weight, qkv_bias)  # type: ignore[arg-type]
+        qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    y = F.linear(y, qkv_weight, qkv_bias)
     y = y.unflatten(-1, (3, num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (3, N, windows, heads, L, head_dim)
     q, k, v = y.unbind(0)
     if logit_scale is not None:
@@ -206,7 +208,7 @@ def shifted_window_attention(
     scores = torch.matmul(q, k.transpose(-2, -1)) * scale + relative_position_bias
     mask = window_mask(padded, window_size, shift) if any(shift) else None
     y = torch.matmul(_softmax(scores, None if mask is None else mask.unsqueeze(1)), v)
-    y = F.linear(y.transpose(2, 3).flatten(3), proj_weight, proj_bias)  # type: ignore[arg-type]
+    y = F.linear(y.transpose(2, 3).flatten(3), proj_weight, proj_bias)
     y = y.unflatten(2, (window_size[0], window_size[1])).unflatten(1, (windows[0], windows[1]))
     y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (N, H, W, C)
     if any(shift):
@@ -226,7 +228,8 @@ def window_mask(size: list[int], window: list[int], shift: list[int]) -> Tensor:
     for axis in (0, 1):
         n = torch.arange(size[axis])
         parts.append((n >= size[axis] - window[axis]).long() + (n >= size[axis] - shift[axis]).long())
-    region = 3 * parts[0].unsqueeze(1) + parts[1]  # (H, W)
+    region: Any = 3 * parts[0].unsqueeze(1) + parts[1]  # (H, W)
     region = region.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0]))
     region = region.transpose(1, 2).flatten(2).flatten(0, 1)  # (windows, L)
-    return region.unsqueeze(1) != region.unsqueeze(2)
+    apart: Tensor = region.unsqueeze(1) != region.unsqueeze(2)
+    return apart

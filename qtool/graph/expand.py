@@ -82,7 +82,8 @@ def expand_calls(traced: fx.GraphModule) -> bool:
         if expansion is None:
             continue
         tracer = _Tracer(traced, node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), tracer.proxy)
+        proxy: Any = tracer.proxy
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), proxy)
         with traced.graph.inserting_before(node):
             result = expansion(*args, **kwargs)
         if result is None:

@@ -107,7 +107,7 @@ def _einsum(node: fx.Node, module: Any) -> float:
 
 
 def _bilinear(node: fx.Node, module: Any) -> float:
-    return _outputs(node) * module.in1_features * (module.in2_features + 1)
+    return float(_outputs(node) * module.in1_features * (module.in2_features + 1))
 
 
 def _multihead_attention(_node: fx.Node, module: Any) -> float:
@@ -117,12 +117,12 @@ def _multihead_attention(_node: fx.Node, module: Any) -> float:
     queries, keys = math.prod(query[:-1]), math.prod(key[:-1])
     width = module.embed_dim
     projections = queries * width * width * 2 + keys * width * (module.kdim + module.vdim)
-    return projections + 2 * queries * key[axis] * width
+    return float(projections + 2 * queries * key[axis] * width)
 
 
 def _recurrent(node: fx.Node, module: Any) -> float:
     steps = math.prod(_shapes(node)[0][:-1])
-    return steps * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return float(steps * sum(p.numel() for p in module.parameters() if p.dim() == 2))
 
 
 _FORMULAS: dict[str, Callable[[fx.Node, Any], float]] = {
