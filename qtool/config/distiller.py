@@ -24,6 +24,8 @@ MODE_KEYS = ("mode", "mode_activations", "mode_weights")
 BITS_KEYS = ("bits_activations", "bits_weights")
 # Spellings of an older Distiller, which it refuses itself.
 OLD_KEYS = {"acts": "bits_activations", "wts": "bits_weights", "bias": "bits_accum"}
+# Distiller takes it in an override and makes no use of it: a bias is as wide as the accumulator.
+WITHOUT_EFFECT = "bits_bias"
 
 
 def as_settings(key: str, value: Any) -> list[tuple[str, Any]]:

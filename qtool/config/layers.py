@@ -61,6 +61,9 @@ def check(config: QuantizeConfig) -> None:
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:
         _check_settings(where, settings)
+    for where, settings in variants:
+        for index, given in settings.input_overrides.items():
+            _check_input(f"{where.removesuffix(': ')}.input_overrides.{index}: ", settings, given)
     own = [(f"overrides.{p}: ", s["clip_n_stds"]) for p, s in config.overrides.items() if "clip_n_stds" in s]
     for where, n_stds in [("", config.clip_n_stds), *own]:
         users = [s for w, s in variants if not where or w == where]
@@ -86,6 +89,15 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
             f"{where}--qe-bits-accum: {settings.bits_accum} bits are fewer than the {widest} "
             "of the values added up"
         )
+
+
+def _check_input(where: str, settings: QuantizeConfig, given: Mapping[str, Any]) -> None:
+    if settings.bits_activations == 0 and "bits_activations" not in given:
+        return  # the layer stays in float, and its inputs with it
+    merged = _settings_of_input(settings, given)
+    if merged.bits_activations == 0:
+        raise ConfigError(f"{where}an input needs 2 to 16 bits; found 0, which is float")
+    _check_settings(where, merged)
 
 
 def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, LayerSpec]:
@@ -141,7 +153,7 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
     return LayerSpec(
         weight=grid(settings.mode_weights, settings.bits_weights, axis),
         output=grid(settings.mode_activations, settings.bits_activations),
-        inputs={i: _input_spec(settings, s) for i, s in settings.input_overrides.items()},
+        inputs=_input_specs(settings) if settings.bits_activations else {},
         input_fallback=settings.inputs_quant_auto_fallback,
         quantize_inputs=settings.quantize_inputs,
         clip=clip,
@@ -156,13 +168,19 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
     )
 
 
-def _input_spec(settings: QuantizeConfig, given: Mapping[str, Any]) -> InputSpec:
+def _input_specs(settings: QuantizeConfig) -> dict[int, InputSpec]:
+    """What is asked of single inputs of a layer, by number."""
+    found = {}
+    for index, given in settings.input_overrides.items():
+        own = _settings_of_input(settings, given)
+        grid = QuantSpec.from_mode(own.mode_activations or own.mode, own.bits_activations)
+        found[index] = InputSpec(grid, ClipSpec(own.clip_activations, own.clip_n_stds))
+    return found
+
+
+def _settings_of_input(settings: QuantizeConfig, given: Mapping[str, Any]) -> QuantizeConfig:
     """The settings of one input: those given, over those of the layer's output."""
     own = {k: v for k, v in given.items() if k != "from_output"}
     if "mode" in own:
         own["mode_activations"] = own["mode"]
-    merged = replace(settings, **own)
-    mode, bits = merged.mode_activations or merged.mode, merged.bits_activations
-    if bits == 0:
-        raise ConfigError("input_overrides: an input needs 2 to 16 bits; its layer has bits_activations 0")
-    return InputSpec(QuantSpec.from_mode(mode, bits), ClipSpec(merged.clip_activations, merged.clip_n_stds))
+    return replace(settings, **own)

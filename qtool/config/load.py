@@ -11,7 +11,13 @@ from typing import Any
 import click
 import yaml
 
-from qtool.config.distiller import OLD_KEYS, QUANTIZER_CLASS, as_settings, find_quantizer
+from qtool.config.distiller import (
+    OLD_KEYS,
+    QUANTIZER_CLASS,
+    WITHOUT_EFFECT,
+    as_settings,
+    find_quantizer,
+)
 from qtool.config.options import Numbers, Option, Shape, is_input_path, options_of
 from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, Config, QuantizeConfig
 from qtool.config.yaml_file import Lines, parse
@@ -49,9 +55,24 @@ def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = No
                 continue
             in_file = values[section].get(name, flags[name])
             if in_file != flags[name]:
-                LOG.info("%s %s wins over %s in the file", described.flags[-1:], flags[name], in_file)
+                LOG.info(
+                    "%s wins over the file, which has %s", _as_flag(name, described, flags[name]), in_file
+                )
             values[section][name] = flags[name]
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+
+
+def _as_flag(name: str, described: Option, value: Any) -> str:
+    """A setting as it stands on the command line; the argument DATA has no flag.
+
+    Example:
+        >>> _as_flag("mode", Option(click.STRING, "", ("--qe-mode", "--qem")), "sym")
+        '--qe-mode sym'
+    """
+    flag = next((f for f in described.flags if f.startswith("--")), "DATA" if name == "path" else name)
+    if described.is_flag:
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def read_sections(path: Path) -> dict[str, dict[str, Any]]:
@@ -146,7 +167,9 @@ class Reader:
             if not isinstance(settings, dict):
                 self.note(here, f"{where}: a mapping of settings is wanted")
                 continue
-            plain = {k: v for k, v in settings.items() if k != "input_overrides"}
+            plain = {k: v for k, v in settings.items() if k not in ("input_overrides", WITHOUT_EFFECT)}
+            if WITHOUT_EFFECT in settings:
+                LOG.info("%s: %s.%s has no effect, as in Distiller", self.path, where, WITHOUT_EFFECT)
             values[str(pattern)] = self.settings(plain, here, where, known, keep_null=True)
             if settings.get("input_overrides") is not None:
                 inputs = self._inputs(settings["input_overrides"], (*here, "input_overrides"), where)
@@ -165,7 +188,10 @@ class Reader:
             here = (*place, str(index))
             if not str(index).isdigit() or not isinstance(settings, dict):
                 self.note(here, f"{where}.{index}: an input number (0, 1, ...) with a mapping is wanted")
-            elif settings.get("from_output") is True:
+            elif not isinstance(settings.get("from_output", True), bool):
+                found = settings["from_output"]
+                self.note(here, f"{where}.{index}.from_output: found {found!r}; true or false is wanted")
+            elif settings.get("from_output"):
                 values[int(index)] = {"from_output": True}
             else:
                 plain = {k: v for k, v in settings.items() if k != "from_output"}
@@ -190,10 +216,14 @@ class Reader:
                 if described is None:
                     self.note(here, f"{where}: {self._why_unknown(key, name, known)}")
                 elif value is None:
-                    values |= {name: None} if keep_null and described.nullable else {}
+                    if keep_null and described.nullable:
+                        values.setdefault(name, None)
                 else:
                     try:
-                        values[name] = self._value(described, value)
+                        parsed = self._value(described, value)
+                        if values.get(name) not in (None, parsed):
+                            raise _Problem(f"{value} contradicts another key of this setting: {values[name]}")
+                        values[name] = parsed
                     except _Problem as problem:
                         self.note(here, f"{where}.{key}: {problem}")
         return values
@@ -203,7 +233,7 @@ class Reader:
         if key in OLD_KEYS:
             return f"key {key!r} is an old spelling; write {OLD_KEYS[key]!r}"
         everywhere = {n: d for n, _, d in options_of(QuantizeConfig)}
-        if name in everywhere and everywhere[name].layer_only:
+        if name == "input_overrides" or (name in everywhere and everywhere[name].layer_only):
             return f"key {key!r} is a setting of single layers; put it under 'overrides'"
         if name in everywhere:
             return f"key {key!r} cannot be set here; {', '.join(known)} can"
@@ -250,6 +280,8 @@ def _convert_text(described: Option, value: Any) -> Any:
     if described.is_flag != isinstance(value, bool):
         wanted = "true or false" if described.is_flag else f"a value ({described.type.name})"
         raise _Problem(f"found {value!r}; {wanted} is wanted")
+    if isinstance(value, dict) and described.type.name == "choice":
+        raise _Problem(f"found {value}; a name, or a mapping of both activations and weights, is wanted")
     if isinstance(value, dict | list | set | bytes):
         raise _Problem(f"found {type(value).__name__}; a single value is wanted")
     try:

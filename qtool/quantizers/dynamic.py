@@ -9,7 +9,7 @@ sample by sample instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,17 +17,29 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qtool.errors import ConfigError
 from qtool.graph import ops
+from qtool.graph.fold import output_channels_first
 from qtool.graph.neighbours import FUSIBLE, fused_activations
-from qtool.graph.trace import is_mask, layers, tensor_inputs
+from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_from_range, quantize_centered
 from qtool.numerics.clipping import range_of_tensor
-from qtool.numerics.spec import InputSpec, LayerSpec, QParams
+from qtool.numerics.spec import InputSpec, LayerSpec, QParams, QuantSpec
 from qtool.quantizers import plan as plans
-from qtool.quantizers.modules import ACTIVATION_LIMITS, Cast, clamp_accumulator, weighted_function
+from qtool.quantizers.modules import (
+    ACTIVATION_LIMITS,
+    Cast,
+    clamp_accumulator,
+    exact_ratio,
+    output_limits,
+    weighted_function,
+)
 from qtool.quantizers.plan import DYNAMIC, DYNAMIC_FAKE, DynamicSpec, LayerPlan
-from qtool.quantizers.weights import fake_quantize_bias, quantize_weight, weight_centered
+from qtool.quantizers.weights import (
+    bias_on_own_grid,
+    fake_quantize_bias,
+    quantize_weight,
+    weight_centered,
+)
 
 STAYS = "sums, products and concatenations stay in float in dynamic mode"
 # Operations that have no dynamic form on integers.
@@ -56,20 +68,28 @@ def plan_dynamic(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> dict
     Raises:
         ConfigError: if a setting cannot be honoured for a layer.
     """
+    modules = {name: module for name, _, module in layers(traced)}
     kinds = {n: _kind(node, specs.get(n), False)[0] for n, node, _ in layers(traced)}
     quantized = {n for n, kind in kinds.items() if kind in (DYNAMIC, DYNAMIC_FAKE)}
     fused = fused_activations(traced, quantized)
     away = {activation for activation, _ in fused.values()}
-    found = {}
-    for name, node, module in layers(traced):
-        kind, note = _kind(node, specs.get(name), name in away)
-        layer = LayerPlan(kind, node.meta["op"], note=note)
+    found: dict[str, LayerPlan] = {}
+    grids: dict[fx.Node, QuantSpec | None] = {}
+    for node in traced.graph.nodes:
+        sources = tensor_inputs(node)
+        name = node.meta.get("layer")
+        if name is None:
+            grids[node] = grids[sources[0]] if node.meta["op"] in ops.KEEPS_GRID and sources else None
+            continue
         spec = specs.get(name)
+        kind, note = _kind(node, spec, name in away)
+        layer = LayerPlan(kind, node.meta["op"], note=note)
         if spec is not None and kind not in (plans.FLOAT, plans.IDENTITY):
             activation = fused[name][1] if name in fused else "relu" if spec.clip.half_range else None
-            layer = _with_weight(replace(layer, float_bits=spec.float_bits), name, module, spec)
-            layer = replace(layer, dynamic=_asked(node, spec, kind, activation))
+            layer = _with_weight(replace(layer, float_bits=spec.float_bits), name, modules[name], spec)
+            layer = _with_grids(layer, name, node, spec, activation, [grids[s] for s in sources])
         found[name] = layer
+        grids[node] = grids[sources[0]] if kind == plans.IDENTITY else _grid_of_result(layer)
     return found
 
 
@@ -80,49 +100,69 @@ def _kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple[str,
     return {plans.INTEGER: DYNAMIC, plans.FAKE: DYNAMIC_FAKE}.get(kind, kind), note
 
 
+def _grid_of_result(layer: LayerPlan) -> QuantSpec | None:
+    if layer.dynamic is not None:
+        return layer.dynamic.output
+    return None if layer.output is None else layer.output.spec
+
+
 def _with_weight(layer: LayerPlan, name: str, module: nn.Module, spec: LayerSpec) -> LayerPlan:
-    """The plan with the integers of the layer's weight, if it is to have any."""
+    """The plan with the integers of the layer's weight and bias, if it is to have any."""
     embedding = layer.kind == plans.EMBEDDING
     has_weight = embedding or layer.op in plans.WEIGHTED
     if not has_weight or spec.weight is None or layer.kind in (DYNAMIC_FAKE, plans.CAST):
         return layer
     grid = replace(spec.weight, axis=None) if embedding else spec.weight
     weight, weight_q = quantize_weight(name, module, grid, spec.weight_range, spec.weight_clip)
-    bias = getattr(module, "bias", None)
-    return replace(
+    layer = replace(
         layer,
         weight=weight,
         weight_q=weight_q,
-        bias=None if bias is None else fake_quantize_bias(bias, spec.accum_bits),
+        float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
         output=weight if embedding else None,
+    )
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        return layer
+    if layer.kind == plans.WEIGHTS_ONLY:
+        return replace(layer, bias=fake_quantize_bias(bias, spec.accum_bits))
+    scale, bias_q = bias_on_own_grid(bias, spec.accum_bits)
+    return replace(layer, bias_scale=scale, bias_q=bias_q)
+
+
+def _with_grids(
+    layer: LayerPlan,
+    name: str,
+    node: fx.Node,
+    spec: LayerSpec,
+    activation: str | None,
+    sources: Sequence[QuantSpec | None],
+) -> LayerPlan:
+    """The plan with what is asked of the grids that are found at run time."""
+    if layer.kind == plans.WEIGHTS_ONLY:
+        return replace(layer, activation=activation)
+    if layer.kind not in (DYNAMIC, DYNAMIC_FAKE) or spec.output is None:
+        return layer
+    fake, op = layer.kind == DYNAMIC_FAKE, layer.op
+    # As in static mode: a convolution whose weights stay in float takes its inputs as they come.
+    if fake and ((op in plans.WEIGHTED and spec.float_bits is None) or not spec.quantize_inputs):
+        inputs: tuple[InputSpec | None, ...] = (None,) * len(sources)
+    else:
+        inputs = plans.asked_of_inputs(name, node, spec, [grid is not None for grid in sources])
+    if fake:  # so do parameters, such as those of a layer norm
+        from_net = [source.op != "get_attr" for source in tensor_inputs(node)]
+        inputs = tuple(one if is_fed else None for one, is_fed in zip(inputs, from_net, strict=True))
+    half_range = spec.clip.half_range or activation is not None or op in FUSIBLE
+    asked = DynamicSpec(spec.output, replace(spec.clip, half_range=half_range), inputs, activation)
+    grids = [grid or (one and one.grid) for grid, one in zip(sources, inputs, strict=True)]
+    wide = spec.weight is not None and any(g and plans.beyond_float32(g, spec.weight) for g in grids)
+    return replace(
+        layer,
+        dynamic=asked,
         accum_bits=spec.accum_bits,
+        accum_float64=spec.accum_float64 or wide,
         scale_approx_bits=spec.scale_approx_bits,
     )
-
-
-def _asked(node: fx.Node, spec: LayerSpec, kind: str, activation: str | None) -> DynamicSpec | None:
-    """What is asked of the grids that are found at run time."""
-    if kind not in (DYNAMIC, DYNAMIC_FAKE) or spec.output is None:
-        return None
-    op = node.meta["op"]
-    half_range = spec.clip.half_range or activation is not None or op in FUSIBLE
-    as_it_comes = kind == DYNAMIC_FAKE and (op in plans.WEIGHTED or not spec.quantize_inputs)
-    fallback = InputSpec(spec.output, replace(spec.clip, half_range=False)) if spec.input_fallback else None
-    inputs = tuple(
-        None if _stays_float(node, i, source, kind) else spec.inputs.get(i, fallback)
-        for i, source in enumerate(tensor_inputs(node))
-    )
-    return DynamicSpec(
-        spec.output,
-        replace(spec.clip, half_range=half_range),
-        (None,) * len(inputs) if as_it_comes else inputs,
-        activation,
-    )
-
-
-def _stays_float(node: fx.Node, index: int, source: fx.Node, kind: str) -> bool:
-    """Whether an input is no activation: a mask, or a parameter of an operation in float."""
-    return is_mask(node, index) or (kind == DYNAMIC_FAKE and source.op == "get_attr")
 
 
 def live_grid(x: Tensor, asked: InputSpec, scale_approx_bits: int | None = None) -> QParams:
@@ -161,11 +201,7 @@ class _DynamicLayer(nn.Module):
         if isinstance(x, OnGrid):
             return x
         asked = self.asked.inputs[index]
-        if asked is None:
-            raise ConfigError(
-                f"input {index} of a {type(self).__name__} arrives in float; give it an entry in "
-                "input_overrides, or set inputs_quant_auto_fallback to true"
-            )
+        assert asked is not None
         return put_on_grid(x, asked, self.approx_bits)
 
     def give(self, x: Tensor) -> OnGrid:
@@ -174,6 +210,19 @@ class _DynamicLayer(nn.Module):
         x = x.clamp_(low, high) if self.asked.activation is not None else x
         return put_on_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
 
+    def requantize(self, accumulator: Tensor, scale: Tensor) -> OnGrid:
+        """An accumulator, with its units per step, through the activation and onto a grid."""
+        x = (accumulator * scale).float()
+        if self.approx_bits is None:
+            return self.give(x)
+        x = x.clamp_(*ACTIVATION_LIMITS[self.asked.activation])
+        grid = live_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
+        ratio = approximate_multiplier(
+            exact_ratio(scale.double() / grid.scale.double()), self.approx_bits
+        ).float()
+        centered = (accumulator.float() * ratio).round_().clamp_(*output_limits(grid, self.asked.activation))
+        return OnGrid(centered, grid.scale)
+
 
 class DynamicWeighted(_DynamicLayer):
     """A convolution, transposed convolution or linear layer on integers."""
@@ -181,29 +230,40 @@ class DynamicWeighted(_DynamicLayer):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    bias_scale: Tensor
 
     def __init__(self, layer: nn.Module, plan: LayerPlan) -> None:
         super().__init__(plan)
         assert plan.weight is not None and plan.weight_q is not None
         self.compute = weighted_function(layer)
         self.channels_last = isinstance(layer, nn.Linear)
-        weight = weight_centered(plan.weight, plan.weight_q, layer)
+        dtype = torch.float64 if plan.accum_float64 else torch.float32
+        weight = weight_centered(plan.weight, plan.weight_q, layer).to(dtype)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scale", plan.weight.scale.clone(), persistent=False)
-        self.register_buffer("bias", plan.bias, persistent=False)
+        self.register_buffer("bias", plan.bias_q, persistent=False)
+        self.register_buffer("bias_scale", plan.bias_scale, persistent=False)
 
     def forward(self, x: Tensor | OnGrid) -> OnGrid:
         taken = self.take(x, 0)
-        accumulator = self.compute(taken.centered, self.weight).round_()
+        accumulator = self.compute(taken.centered.to(self.weight.dtype), self.weight).round_()
         axis, dims = (-1 if self.channels_last else 1), accumulator.dim()
         scale = taken.scale * self.weight_scale
         if self.approx_bits is not None:
             scale = 1 / approximate_multiplier(1 / scale, self.approx_bits)
         if self.bias is not None:
-            bias = torch.round(self.bias / scale)
-            accumulator += along_axis(bias, axis, dims)
+            accumulator += along_axis(self._bias_at(scale), axis, dims)
         accumulator = clamp_accumulator(accumulator, self.accum_bits)
-        return self.give(accumulator * along_axis(scale, axis if scale.dim() else None, dims))
+        return self.requantize(accumulator, along_axis(scale, axis, dims))
+
+    def _bias_at(self, scale: Tensor) -> Tensor:
+        """The bias, (C,), in steps of an accumulator whose scale is () or (C,)."""
+        assert self.bias is not None
+        ratio = self.bias_scale / scale.double()
+        if self.approx_bits is not None:
+            ratio = approximate_multiplier(ratio, self.approx_bits)
+        bias = clamp_accumulator(torch.round(self.bias * ratio), self.accum_bits)
+        return bias.to(self.weight.dtype)
 
 
 class DynamicMatmul(_DynamicLayer):
@@ -217,7 +277,7 @@ class DynamicMatmul(_DynamicLayer):
         first, second = self.take(a, 0), self.take(b, 1)
         accumulator = self.function(first.centered, second.centered).round_()
         accumulator = clamp_accumulator(accumulator, max(self.accum_bits, plans.OP_ACCUM_BITS))
-        return self.give(accumulator * (first.scale * second.scale))
+        return self.requantize(accumulator, first.scale * second.scale)
 
 
 class DynamicFake(_DynamicLayer):

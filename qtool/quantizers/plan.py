@@ -7,7 +7,7 @@ computed on activations here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,7 +80,9 @@ class LayerPlan:
         activation: "relu" or "relu6" computed by this layer's clamp.
         weight: grid of the weight; a per-channel one counts output channels (axis 0).
         weight_q: integers of the weight, output channels first, in the smallest dtype.
-        bias_q: (C,) int64, at the accumulator's scale.
+        bias_q: (C,) int64, at the accumulator's scale unless there is a bias_scale.
+        bias_scale: units of the output per step of bias_q, (), of a layer whose accumulator's scale is
+            found at run time.
         bias: (C,) float bias of a weights-only layer, after its own quantization.
         accum_scale: units of the output per accumulator step, () or (C,).
         accum_bits: width of the accumulator.
@@ -100,6 +102,7 @@ class LayerPlan:
     weight: QParams | None = None
     weight_q: Tensor | None = None
     bias_q: Tensor | None = None
+    bias_scale: Tensor | None = None
     bias: Tensor | None = None
     accum_scale: Tensor | None = None
     accum_bits: int = 32
@@ -144,6 +147,47 @@ def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, La
         ConfigError: if a setting cannot be honoured for a layer.
     """
     return _Planner(traced, stats, specs).run()
+
+
+def asked_of_inputs(
+    name: str, node: fx.Node, spec: LayerSpec, on_grid: Sequence[bool]
+) -> tuple[InputSpec | None, ...]:
+    """What is asked of each input that arrives in float; None for one on a grid, and for a mask.
+
+    Args:
+        name, node: the layer.
+        spec: what is asked of it; it has an output grid.
+        on_grid: for each tensor input, whether the layer in front of it has put it on a grid.
+
+    Raises:
+        ConfigError: if an input has an entry of its own and no use for it, or needs one and has none.
+    """
+    assert spec.output is not None
+    beyond = [i for i in spec.inputs if i >= len(on_grid)]
+    if beyond:
+        raise ConfigError(
+            f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(on_grid)} inputs, counted from 0"
+        )
+    # What the output's clamp cuts off says nothing about the input: full range here.
+    default = InputSpec(spec.output, replace(spec.clip, half_range=False))
+    found: list[InputSpec | None] = []
+    for index, arrives_on_grid in enumerate(on_grid):
+        what = f"input {index} of layer {name!r}"
+        if is_mask(node, index):
+            found.append(None)
+        elif arrives_on_grid and index in spec.inputs:
+            raise ConfigError(
+                f"{what}: arrives quantized by the layer in front of it, and has an entry in "
+                "input_overrides; remove that, or leave the layer in front in float"
+            )
+        elif not arrives_on_grid and index not in spec.inputs and not spec.input_fallback:
+            raise ConfigError(
+                f"{what}: arrives in float; quantize the layer in front of it, give the input an entry in "
+                "input_overrides, or set inputs_quant_auto_fallback to true"
+            )
+        else:
+            found.append(None if arrives_on_grid else spec.inputs.get(index, default))
+    return tuple(found)
 
 
 def quantizes_output(node: fx.Node, spec: LayerSpec | None) -> bool:
@@ -271,7 +315,7 @@ class _Planner:
             note=f"its sums can need {needed} bits" if needed > spec.accum_bits else "",
             accum_scale=1 / steps_per_unit,
             accum_bits=spec.accum_bits,
-            accum_float64=spec.accum_float64 or _beyond_float32(grid.spec, weight.spec),
+            accum_float64=spec.accum_float64 or beyond_float32(grid.spec, weight.spec),
             scale_approx_bits=spec.scale_approx_bits,
         )
 
@@ -285,6 +329,7 @@ class _Planner:
             inputs=(None,) * len(tensor_inputs(node)),
             weight=weight,
             weight_q=weight_q,
+            activation=self._activation(name),
             float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
             bias=None if bias is None else fake_quantize_bias(bias, spec.accum_bits),
         )
@@ -347,35 +392,14 @@ class _Planner:
 
     def _fresh_inputs(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[QParams | None, ...]:
         """Grids for the inputs that arrive in float, from this layer's own records of them."""
-        sources = tensor_inputs(node)
-        beyond = [i for i in spec.inputs if i >= len(sources)]
-        if beyond:
-            raise ConfigError(
-                f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(sources)} inputs, counted from 0"
-            )
+        asked = asked_of_inputs(name, node, spec, [self.grids[s] is not None for s in tensor_inputs(node)])
         return tuple(
-            None if is_mask(node, i) else self._fresh_input(name, i, source, spec)
-            for i, source in enumerate(sources)
+            None if one is None else self._input_grid(name, index, one, spec)
+            for index, one in enumerate(asked)
         )
 
-    def _fresh_input(self, name: str, index: int, source: fx.Node, spec: LayerSpec) -> QParams | None:
-        """The grid of one input, or None if it arrives on one."""
+    def _input_grid(self, name: str, index: int, asked: InputSpec, spec: LayerSpec) -> QParams:
         what = f"input {index} of layer {name!r}"
-        if self.grids[source] is not None:
-            if index in spec.inputs:
-                raise ConfigError(
-                    f"{what}: arrives quantized by the layer in front of it, and has an entry in "
-                    "input_overrides; remove that, or leave the layer in front in float"
-                )
-            return None
-        if index not in spec.inputs and not spec.input_fallback:
-            raise ConfigError(
-                f"{what}: arrives in float; quantize the layer in front of it, give the input an entry in "
-                "input_overrides, or set inputs_quant_auto_fallback to true"
-            )
-        assert spec.output is not None
-        # What the output's clamp cuts off says nothing about the input: full range here.
-        asked = spec.inputs.get(index) or InputSpec(spec.output, replace(spec.clip, half_range=False))
         return self._grid(what, self.stats.input(name, index), asked.grid, asked.clip, spec)
 
     def _output_grid(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
@@ -410,7 +434,7 @@ def _grid_of_result(plan: LayerPlan) -> QParams | None:
     return plan.output if plan.kind in (INTEGER, FAKE, EMBEDDING) else None
 
 
-def _beyond_float32(x: QuantSpec, weight: QuantSpec) -> bool:
+def beyond_float32(x: QuantSpec, weight: QuantSpec) -> bool:
     """Whether products alone fill float32's 24 bits, so that sums would be rounded for sure."""
     return x.num_bits + weight.num_bits > 16
 

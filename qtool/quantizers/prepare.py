@@ -269,7 +269,7 @@ def _build_weights_only(module: nn.Module, plan: LayerPlan) -> nn.Module:
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
     if plan.bias is not None:
         layer.bias = nn.Parameter(plan.bias, requires_grad=False)
-    return layer  # type: ignore[no-any-return]
+    return layer if plan.activation is None else nn.Sequential(layer, nn.ReLU())
 
 
 def _build_embedding(module: nn.Module, plan: LayerPlan) -> nn.Module:

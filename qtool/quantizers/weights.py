@@ -78,10 +78,16 @@ def accumulator_bits(grid: QParams, weight: QParams, weight_q: Tensor, bias_q: T
 
 def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:
     """A bias that went through a symmetric grid of its own, accum_bits wide."""
-    v = bias.double().abs().max()
-    steps_per_unit = (2**accum_bits - 1) / 2 / (v if float(v) else 1.0)
-    values: Tensor = quantize_bias(bias, steps_per_unit, accum_bits) / steps_per_unit
+    scale, bias_q = bias_on_own_grid(bias, accum_bits)
+    values: Tensor = bias_q * scale
     return values.to(bias.dtype)
+
+
+def bias_on_own_grid(bias: Tensor, accum_bits: int) -> tuple[Tensor, Tensor]:
+    """The scale, (), float64, and the integers, (C,), int64, of a bias on a symmetric grid of its own."""
+    v = bias.double().abs().max()
+    steps_per_unit = (2**accum_bits - 1) / 2 / torch.where(v == 0, torch.ones_like(v), v)
+    return 1 / steps_per_unit, quantize_bias(bias, steps_per_unit, accum_bits)
 
 
 def weight_values(weight: QParams, weight_q: Tensor) -> Tensor:

@@ -114,8 +114,12 @@ def test_all_patterns_without_match_are_reported_together():
     )
     with pytest.raises(ConfigError) as caught:
         layer_specs(config, NAMES)
-    found = [line.split(":")[0] for line in str(caught.value).splitlines()]
-    assert found == ["pattern 'cv'", "pattern 'clipped'", "pattern 'floating'"]
+    found = [line.split(": matches")[0] for line in str(caught.value).splitlines()]
+    assert found == [
+        "overrides: pattern 'cv'",
+        "--qe-no-clip-layers: pattern 'clipped'",
+        "--qe-no-quant-layers: pattern 'floating'",
+    ]
 
 
 @pytest.mark.parametrize(
