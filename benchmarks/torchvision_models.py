@@ -62,8 +62,9 @@ def run(arch: str) -> str:
     kinds = [layer.kind for layer in quantized.plan.layers.values()]
     size = "x".join(str(n) for n in loaded.input_shape)
     return (
-        f"| {arch} | {size} | {len(kinds)} | {kinds.count(INTEGER)} | {kinds.count(FAKE)} | {kinds.count(FLOAT)} "
-        f"| {sqnr_db(loaded.model(images), output):.1f} | {time.perf_counter() - start:.0f} |"
+        f"| {arch} | {size} | {len(kinds)} | {kinds.count(INTEGER)} | {kinds.count(FAKE)} "
+        f"| {kinds.count(FLOAT)} | {sqnr_db(loaded.model(images), output):.1f} "
+        f"| {time.perf_counter() - start:.0f} |"
     )
 
 
@@ -92,7 +93,8 @@ def main(result: Path, model: str | None) -> None:
             "",
             *(line.strip() for line in (__doc__ or "").strip().splitlines()),
             "",
-            f"torch {torch.__version__}, torchvision {torchvision.__version__}: {passed} of {len(names)} pass.",
+            f"torch {torch.__version__}, torchvision {torchvision.__version__}: "
+            f"{passed} of {len(names)} pass.",
             "",
             HEAD,
             "|---|---|---|---|---|---|---|---|",

@@ -248,7 +248,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     type=click.Path(path_type=Path),
     help="YAML file with a quantizer in Distiller's form.",
 )
-@config_options("model", "data", "calibration", "quantizers", "run")
+@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "run")
 def quantize(
     config_file: Path | None,
     evaluate_: bool,
@@ -285,6 +285,19 @@ def _refuse_together(flags: dict[str, Any]) -> None:
     given = [flag for flag, value in flags.items() if value]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} exclude one another; give one of them.")
+
+
+@main.command("search-clipping", cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "quantizers", "search", "run")
+def search_clipping(config_file: Path | None, **flags: Any) -> None:
+    """Find a clip mode for each layer, one after the other, by trying each on calibration images.
+
+    \b
+    Example:
+        qtool search-clipping -a resnet18 --pretrained --qe-bits-acts 4 /data/imagenet
+    """
+    _print(_pipeline("search_clipping").run(_config(config_file, flags)).text)
 
 
 @main.command(cls=QtoolCommand)

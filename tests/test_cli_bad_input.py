@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 
 QUICK = ("--effective-test-size", "0.05", "--calib-samples", "8", "--workers", "0")
+# The same for runs that bring their own statistics.
+FEW = (*QUICK[:2], "--workers", "0")
 MADE_ON_THE_WAY = {"config.yaml", "acts_quantization_stats.yaml"}
 
 
@@ -66,7 +68,7 @@ def quantize_with(refused):
 
     def run(tree: dict, *options: str) -> str:
         Path("stats.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-        return refused("quantize", *QUICK, "--qe-stats-file", "stats.yaml", *options)
+        return refused("quantize", *FEW, "--qe-stats-file", "stats.yaml", *options)
 
     return run
 
@@ -83,7 +85,7 @@ class RunsCode:
 
 def test_data_that_is_not_there(refused):
     message = refused("quantize", "-a", "digits_resnet", "nowhere")
-    assert message == "nowhere: no such file or folder"
+    assert message == "nowhere: no such file or folder; DATA names the evaluation images"
 
 
 def test_data_that_is_a_file_of_another_kind(refused):
@@ -158,7 +160,7 @@ def test_network_without_images(run_cli, chdir_tmp):
 
 def test_more_calibration_images_than_there_are(refused):
     message = refused("calibrate", "--calib-samples", "999")
-    assert message == "999 calibration samples asked for, but there are only 360 images"
+    assert message == ("--calib-samples: 999 images asked for, but digits calibration has 360; ask for fewer")
 
 
 # Networks and checkpoints
@@ -262,12 +264,12 @@ def test_stats_that_are_no_numbers(value, stats_tree, quantize_with):
 )
 def test_stats_file_that_is_none(content, reason, refused):
     Path("stats.yaml").write_bytes(content)
-    message = refused("quantize", *QUICK, "--qe-stats-file", "stats.yaml")
+    message = refused("quantize", *FEW, "--qe-stats-file", "stats.yaml")
     assert message.startswith(f"stats.yaml: {reason}")
 
 
 def test_stats_file_that_is_not_there(refused):
-    message = refused("quantize", *QUICK, "--qe-stats-file", "none.yaml")
+    message = refused("quantize", *FEW, "--qe-stats-file", "none.yaml")
     assert message.startswith("none.yaml: cannot be read: No such file or directory")
 
 
@@ -282,8 +284,11 @@ def test_stats_file_that_is_not_there(refused):
             ["--qe-clip-n-stds", "3"],
             "--qe-clip-n-stds: has no effect with clip mode none; add '--qe-clip-acts",
         ),
-        (["--qencl", "layer1.cnv1"], "pattern 'layer1.cnv1': matches no layer; did you mean 'layer1.conv1'"),
-        (["--qenql", "("], "pattern '(': not a regular expression"),
+        (
+            ["--qencl", "layer1.cnv1"],
+            "--qe-no-clip-layers: pattern 'layer1.cnv1': matches no layer; did you mean 'layer1.conv1'",
+        ),
+        (["--qenql", "("], "--qe-no-quant-layers: pattern '(': not a regular expression"),
         (["--fraction", "0.5"], "--fraction and --calib-samples: both say how many images calibrate"),
         (["--device", "tpu9"], "--device: tpu9 cannot be used here: "),
         (["--device", "meta"], "--device: meta cannot be used here: "),
@@ -311,7 +316,7 @@ def test_every_problem_of_a_config_file_is_a_line(run_cli):
 def test_every_pattern_without_a_match_is_a_line(run_cli):
     result = run_cli("layers", "--qencl", "zzz", "--qenql", "yyy")
     assert result.exit_code == 1
-    assert [line.split(":")[1] for line in result.stderr.splitlines()[-2:]] == [
-        " pattern 'zzz'",
-        " pattern 'yyy'",
+    assert [line.split(":")[1:3] for line in result.stderr.splitlines()[-2:]] == [
+        [" --qe-no-clip-layers", " pattern 'zzz'"],
+        [" --qe-no-quant-layers", " pattern 'yyy'"],
     ]

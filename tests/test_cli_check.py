@@ -114,7 +114,7 @@ def test_a_run_that_cannot_be_made_fails_and_the_others_go_on(run_cli, gate_file
     gate.write_text(yaml.safe_dump(tree))
     result = run_cli("check", gate, "--json", "out.json", "--junit", "out.xml")
     assert result.exit_code == 1
-    assert "r0: pattern 'conv99': matches no layer" in result.stdout
+    assert "pattern 'conv99': matches no layer" in result.stdout
     assert verdicts() == ["pass"]
     assert ElementTree.parse("out.xml").find(".//error") is not None
 

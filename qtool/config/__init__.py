@@ -1,16 +1,19 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
 from qtool.config.layers import check, layer_specs
-from qtool.config.load import dump_config, load_config
+from qtool.config.load import dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
+from qtool.config.searches import check_search, with_settings_of_layers
 from qtool.config.sections import (
     SECTIONS,
     CalibrationConfig,
     Config,
     DataConfig,
+    LapqConfig,
     ModelConfig,
     QuantizeConfig,
     RunConfig,
+    SearchConfig,
 )
 
 __all__ = [
@@ -18,12 +21,17 @@ __all__ = [
     "CalibrationConfig",
     "Config",
     "DataConfig",
+    "LapqConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
+    "SearchConfig",
     "check",
+    "check_search",
     "dump_config",
+    "dump_quantizers",
     "layer_specs",
     "load_config",
     "options_of",
+    "with_settings_of_layers",
 ]

@@ -14,6 +14,7 @@ import click
 from qtool.config.layers import check
 from qtool.config.load import Reader, read_sections
 from qtool.config.options import PositiveFloat, option, options_of
+from qtool.config.searches import check_search
 from qtool.config.sections import SECTIONS, Config
 from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
@@ -168,8 +169,14 @@ def _read_run(
     config = _read_config(reader, body, stated.get("config"), elsewhere)
     try:
         check(config.quantizers)
+        check_search(config, searches=False)
     except ConfigError as error:
         reader.note((), f"{where}: {error}")
+    if config.lapq.enabled:
+        reader.note(
+            ("lapq",),
+            f"{where}.lapq: a gate does not search; name a search's quant_params_dict.yaml as its config",
+        )
     return GateRun(name, config, _read_expect(reader, body.get("expect"), where, settings), judge)
 
 

@@ -83,6 +83,20 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
             f"{where}--qe-clip-acts {clip}: has published constants for up to {ACIQ_MAX_BITS} bits, found "
             f"{settings.bits_activations}; choose another clip mode"
         )
+    given = _pair(settings.output_range)
+    if given is not None and given[0] > given[1]:
+        raise ConfigError(
+            f"{where}output_range: {given[0]:g} is above {given[1]:g}; give the smaller one first"
+        )
+    if given is not None and settings.bits_activations == 0:
+        raise ConfigError(f"{where}output_range: has no effect with bits_activations 0; leave it out")
+    factors = _pair(settings.weight_range_factors)
+    if factors is not None and min(factors) <= 0:
+        raise ConfigError(f"{where}weight_range_factors: {min(factors):g} is not positive")
+    if factors is not None and settings.also_clip_weights and clip != "none":
+        raise ConfigError(f"{where}weight_range_factors: also_clip_weights chooses the same ranges; drop one")
+    if settings.dynamic and given is not None:
+        raise ConfigError(f"{where}output_range: with --qe-dynamic, ranges are those of each batch")
     widest = max(settings.bits_activations, settings.bits_weights)
     if settings.bits_accum < widest:
         raise ConfigError(
@@ -114,7 +128,6 @@ def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Layer
         ConfigError: if a pattern matches nothing; all such patterns are reported together.
     """
     settings = dict.fromkeys(names, config)
-    overridden: set[str] = set()
     problems: list[str] = []
 
     def each(where: str, patterns: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -126,13 +139,8 @@ def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Layer
                 problems.append(f"{where}: {error}")
         return found
 
-    # Distiller's files rely on a literal name to win over an expression that stands before it.
-    literal_first = sorted(config.overrides, key=lambda pattern: pattern not in settings)
-    for pattern, matched in each("overrides", literal_first):
-        for name in matched:
-            if name not in overridden:
-                settings[name] = replace(config, **config.overrides[pattern])
-        overridden.update(matched)
+    for name, pattern in overrides_of(each("overrides", _literal_first(config, names))).items():
+        settings[name] = replace(config, **config.overrides[pattern])
     for _, matched in each("--qe-no-clip-layers", split_patterns(config.no_clip_layers)):
         settings.update({n: replace(settings[n], clip_activations="none") for n in matched})
     for _, matched in each("--qe-no-quant-layers", split_patterns(config.no_quant_layers)):
@@ -140,6 +148,22 @@ def layer_specs(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Layer
     if problems:
         raise ConfigError("\n".join(problems))
     return {name: layer_spec(s) for name, s in settings.items()}
+
+
+def _literal_first(config: QuantizeConfig, names: Sequence[str]) -> list[str]:
+    """Distiller's files rely on a literal name to win over an expression that stands before it."""
+    return sorted(config.overrides, key=lambda pattern: pattern not in names)
+
+
+def overrides_of(found: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """The first pattern that matches each layer, from patterns and the names that they match."""
+    return {name: pattern for pattern, matched in reversed(found) for name in matched}
+
+
+def own_settings(config: QuantizeConfig, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The settings of the override that holds for each layer which has one."""
+    found = [(pattern, matching(pattern, names)) for pattern in _literal_first(config, names)]
+    return {name: config.overrides[pattern] for name, pattern in overrides_of(found).items()}
 
 
 def layer_spec(settings: QuantizeConfig) -> LayerSpec:
@@ -162,10 +186,16 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         fake=settings.fake,
         identity=settings.make_identity,
         keep_float_weight=settings.save_fp_weights,
+        output_range=_pair(settings.output_range),
+        weight_range_factors=_pair(settings.weight_range_factors),
         accum_bits=settings.bits_accum,
         accum_float64=settings.accum_dtype == "float64",
         scale_approx_bits=settings.scale_approx_bits,
     )
+
+
+def _pair(numbers: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if numbers is None else (numbers[0], numbers[1])
 
 
 def _input_specs(settings: QuantizeConfig) -> dict[int, InputSpec]:

@@ -55,9 +55,8 @@ def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = No
                 continue
             in_file = values[section].get(name, flags[name])
             if in_file != flags[name]:
-                LOG.info(
-                    "%s wins over the file, which has %s", _as_flag(name, described, flags[name]), in_file
-                )
+                flag = _as_flag(name, described, flags[name])
+                LOG.info("%s wins over the file, which has %s", flag, _in_words(in_file))
             values[section][name] = flags[name]
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
 
@@ -72,7 +71,11 @@ def _as_flag(name: str, described: Option, value: Any) -> str:
     flag = next((f for f in described.flags if f.startswith("--")), "DATA" if name == "path" else name)
     if described.is_flag:
         return flag
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"{flag} {_in_words(value)}"
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def read_sections(path: Path) -> dict[str, dict[str, Any]]:
@@ -294,15 +297,21 @@ def _convert_text(described: Option, value: Any) -> Any:
 
 def dump_config(config: Config) -> str:
     """The text of a YAML file that reproduces the run, every option written out, paths absolute."""
-    tree: dict[str, dict[str, Any]] = {}
-    for section in SECTIONS:
-        layer_only = {n for n, _, d in options_of(SECTIONS[section]) if d.layer_only} | {"input_overrides"}
-        values = asdict(getattr(config, section))
-        tree[section] = {name: _plain(v) for name, v in values.items() if name not in layer_only}
+    tree = {section: _tree(section, getattr(config, section)) for section in SECTIONS}
     file, colon, factory = (config.model.arch or "").rpartition(".py:")
     if colon:  # the user's own file, found from anywhere
         tree["model"]["arch"] = f"{Path(f'{file}.py').absolute()}:{factory}"
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def dump_quantizers(config: QuantizeConfig) -> str:
+    """The text of a YAML file with the section `quantizers` only."""
+    return yaml.safe_dump({"quantizers": _tree("quantizers", config)}, sort_keys=False)
+
+
+def _tree(name: str, section: Any) -> dict[str, Any]:
+    layer_only = {n for n, _, d in options_of(SECTIONS[name]) if d.layer_only} | {"input_overrides"}
+    return {key: _plain(value) for key, value in asdict(section).items() if key not in layer_only}
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -102,6 +103,20 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406.", param, ctx)
+
+
+class Pair(Numbers):
+    """Two finite numbers."""
+
+    name = "x,y"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        numbers = super().convert(value, param, ctx)
+        if len(numbers) != 2 or not all(math.isfinite(n) for n in numbers):
+            self.fail(f"{value!r} is not two numbers such as -1.5,2.0.", param, ctx)
+        return numbers
 
 
 class Shape(click.ParamType[tuple[int, ...]]):

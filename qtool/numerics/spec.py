@@ -152,6 +152,7 @@ class LayerSpec:
         scale_approx_bits: bits of the integer multiplier that replaces a float scale, or None.
         output_range: (min, max) of the output, in place of one chosen from statistics.
         weight_range: (min, max) of a weight that is quantized per tensor, in place of its own.
+        weight_range_factors: factors on the weight's own smallest and largest value, per channel too.
         weight_clip: how the range of weights is chosen; None is by their smallest and largest value.
         float_bits: run the layer in a float type of so many bits, and not on integers.
         fake: with float_bits, whether the output is put on a grid; None: only where there is no
@@ -171,6 +172,7 @@ class LayerSpec:
     scale_approx_bits: int | None = None
     output_range: tuple[float, float] | None = None
     weight_range: tuple[float, float] | None = None
+    weight_range_factors: tuple[float, float] | None = None
     weight_clip: ClipSpec | None = None
     float_bits: int | None = None
     fake: bool | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -250,7 +251,8 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
         samples = min(DEFAULT_SAMPLES, len(dataset))
     if samples is not None and samples > len(dataset):
         raise DataError(
-            f"--calib-samples: {samples} images asked for, but {dataset.name} has {len(dataset)}; ask for fewer"
+            f"--calib-samples: {samples} images asked for, but {dataset.name} has {len(dataset)}; "
+            "ask for fewer"
         )
     indices = calibration_indices(len(dataset), fraction=fraction, samples=samples, seed=config.run.seed)
     words = f"{len(indices)} of {len(dataset)} images of {dataset.name} (seed {config.run.seed})"
@@ -291,6 +293,16 @@ def _open(
         skip_bad_images=config.data.skip_bad_images,
         channels=subject.input_shape[0],
     )
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Of the names and values of parameters and buffers, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        raw = cast(torch.Tensor, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def quantized_network(subject: Subject) -> QuantizedModel | None:

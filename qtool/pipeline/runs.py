@@ -36,6 +36,7 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
+from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, confusion_csv, table
@@ -69,7 +70,7 @@ def calibrate(config: Config) -> Outcome:
     if images.from_evaluation:
         LOG.warning("these are evaluation images: %s", ADVICE)
     traced = subject.traced()
-    with _run_folder(config) as folder:
+    with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         stats = measure_stats(config, traced, images)
         path = write_text(folder / STATS_FILE, write_stats(stats))
@@ -78,6 +79,7 @@ def calibrate(config: Config) -> Outcome:
 
 def quantize(config: Config) -> Outcome:
     """Calibrate unless there are statistics, quantize, and evaluate beside the float network."""
+    configs.check_search(config, searches=False)
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     refuse_quantized(subject, "quantize")
@@ -85,18 +87,22 @@ def quantize(config: Config) -> Outcome:
     traced = subject.traced()
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
     ranges = find_ranges(config, subject, evaluation)
-    with _run_folder(config) as folder:
+    searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
+    with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats = ranges.given
-        if ranges.calibration is not None:
-            stats = measure_stats(config, traced, ranges.calibration)
-            write_text(folder / STATS_FILE, write_stats(stats))
-        model = steps.quantize(traced, stats, config.quantizers)
+        stats = find_stats(config, traced, ranges, folder)
+        if searched is None:
+            model = steps.quantize(traced, stats, config.quantizers)
+        else:
+            assert stats is not None
+            model, specs, lapq_record = quantize_with_lapq(config, folder, subject, traced, stats, searched)
         log_notes(model)
         _write_model(config, folder, subject, traced, model, specs)
         results, comparison = _evaluate_both(config, subject, model, evaluation)
         record = _record(config, subject, evaluation, results, comparison)
         record["calibration"] = ranges.record
+        if searched is not None:
+            record["lapq"] = lapq_record
         _finish(config, folder, record, evaluation, results)
     text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"
     return Outcome(text, folder, record)
@@ -141,6 +147,23 @@ def find_ranges(config: Config, subject: Subject, evaluation: Images) -> Ranges:
     return Ranges(None, images, record)
 
 
+def find_stats(config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path) -> ModelStats | None:
+    """The statistics of a run, measured and written unless there are some; None in dynamic mode.
+
+    Those of a run whose search is resumed are taken over.
+    """
+    if ranges.calibration is None:
+        return ranges.given
+    earlier = None if config.search.resume is None else config.search.resume / STATS_FILE
+    if earlier is not None and earlier.is_file():
+        LOG.info("statistics: %s", earlier)
+        stats = read_stats(earlier)
+    else:
+        stats = measure_stats(config, traced, ranges.calibration)
+    write_text(folder / STATS_FILE, write_stats(stats))
+    return stats
+
+
 def _write_model(
     config: Config,
     folder: Path,
@@ -164,7 +187,7 @@ def evaluate(config: Config) -> Outcome:
     subject = open_subject(config)
     evaluation = open_evaluation(config, subject)
     name = "float" if quantized_network(subject) is None else "quantized"
-    with _run_folder(config) as folder:
+    with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         results = {name: _evaluate(config, subject.network, evaluation, f"evaluating {name}")}
         record = _record(config, subject, evaluation, results, None)
@@ -223,7 +246,7 @@ def refuse_quantized(subject: Subject, command: str) -> None:
 
 
 @contextmanager
-def _run_folder(config: Config) -> Iterator[Path]:
+def run_folder(config: Config) -> Iterator[Path]:
     """A new folder with the resolved configuration and a log."""
     folder = make_run_dir(config.run.out_dir, config.run.name)
     with log_to(folder / f"{folder.name}.log", LOG):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from qtool.errors import ModelError
 from qtool.graph import ops
 from qtool.graph.fold import output_channels_first
 from qtool.graph.neighbours import FUSIBLE, fused_activations
@@ -113,7 +114,8 @@ def _with_weight(layer: LayerPlan, name: str, module: nn.Module, spec: LayerSpec
     if not has_weight or spec.weight is None or layer.kind in (DYNAMIC_FAKE, plans.CAST):
         return layer
     grid = replace(spec.weight, axis=None) if embedding else spec.weight
-    weight, weight_q = quantize_weight(name, module, grid, spec.weight_range, spec.weight_clip)
+    given = (spec.weight_range, spec.weight_clip, spec.weight_range_factors)
+    weight, weight_q = quantize_weight(name, module, grid, *given)
     layer = replace(
         layer,
         weight=weight,
@@ -166,9 +168,17 @@ def _with_grids(
 
 
 def live_grid(x: Tensor, asked: InputSpec, scale_approx_bits: int | None = None) -> QParams:
-    """The grid that a tensor's own range asks for."""
-    x_min, x_max = range_of_tensor(x, asked.grid, asked.clip)
-    return qparams_from_range(x_min, x_max, asked.grid, scale_approx_bits)
+    """The grid that a tensor's own range asks for.
+
+    Raises:
+        ModelError: if it has none.
+    """
+    try:
+        x_min, x_max = range_of_tensor(x, asked.grid, asked.clip)
+        x_min, x_max = x_min.to(x.device), x_max.to(x.device)  # clip modes compute on the CPU
+        return qparams_from_range(x_min, x_max, asked.grid, scale_approx_bits)
+    except ValueError as error:  # NaN, infinity, or no values at all
+        raise ModelError(f"dynamic mode: activations have no range: {error}") from error
 
 
 def put_on_grid(x: Tensor, asked: InputSpec, scale_approx_bits: int | None = None) -> OnGrid:

@@ -195,6 +195,19 @@ def quantizes_output(node: fx.Node, spec: LayerSpec | None) -> bool:
     return layer_kind(node, spec, fused_away=False)[0] in (INTEGER, FAKE)
 
 
+def output_ranges(
+    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
+) -> dict[str, tuple[float, float]]:
+    """The (min, max) that each output on a grid is given, by layer; arguments as for plan_model."""
+    planner = _Planner(traced, stats, specs)
+    found = {}
+    for name, node, _ in layers(traced):
+        if quantizes_output(node, specs.get(name)) and name not in planner.identities:
+            x_min, x_max = planner.output_range(name, node, specs[name])
+            found[name] = (float(x_min), float(x_max))
+    return found
+
+
 def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple[str, str]:
     """What is done with a layer, by the constants above, and why if it is not what was asked.
 
@@ -381,7 +394,8 @@ class _Planner:
 
     def _weight(self, name: str, module: nn.Module, spec: LayerSpec) -> tuple[QParams, Tensor]:
         assert spec.weight is not None
-        return quantize_weight(name, module, spec.weight, spec.weight_range, spec.weight_clip)
+        given = (spec.weight_range, spec.weight_clip, spec.weight_range_factors)
+        return quantize_weight(name, module, spec.weight, *given)
 
     def _activation(self, name: str) -> str | None:
         if name in self.fused:
@@ -400,13 +414,26 @@ class _Planner:
 
     def _input_grid(self, name: str, index: int, asked: InputSpec, spec: LayerSpec) -> QParams:
         what = f"input {index} of layer {name!r}"
-        return self._grid(what, self.stats.input(name, index), asked.grid, asked.clip, spec)
+        x_min, x_max = self._range(what, self.stats.input(name, index), asked.grid, asked.clip)
+        return self._qparams(what, x_min, x_max, asked.grid, spec)
 
     def _output_grid(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
         assert spec.output is not None
+        x_min, x_max = self.output_range(name, node, spec)
+        return self._qparams(f"the output of layer {name!r}", x_min, x_max, spec.output, spec)
+
+    def _qparams(self, what: str, x_min: Tensor, x_max: Tensor, grid: QuantSpec, spec: LayerSpec) -> QParams:
+        try:
+            return qparams_from_range(x_min, x_max, grid, spec.scale_approx_bits)
+        except ValueError as error:  # numbers at the end of float32's range
+            raise StatsError(f"{self.stats.source}: {what}: {error}") from error
+
+    def output_range(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """The range of a layer's output: the one asked for, or one from the edited statistics."""
+        assert spec.output is not None
         if spec.output_range is not None:
             x_min, x_max = (torch.tensor(float(v)) for v in spec.output_range)
-            return qparams_from_range(x_min, x_max, spec.output, spec.scale_approx_bits)
+            return x_min, x_max
         record, clip = self.stats.output(name), spec.clip
         if name in self.fused:
             clip = replace(clip, half_range=True)
@@ -416,18 +443,17 @@ class _Planner:
                 # The distribution that ACIQ's half range describes is the one in front of the ReLU.
                 before = self.stats.input(name, 0)
                 record = replace(record, mean=before.mean, std=before.std, b=before.b)
-        return self._grid(f"the output of layer {name!r}", record, spec.output, clip, spec)
+        return self._range(f"the output of layer {name!r}", record, spec.output, clip)
 
-    def _grid(
-        self, what: str, record: ActivationStats, grid: QuantSpec, clip: ClipSpec, spec: LayerSpec
-    ) -> QParams:
+    def _range(
+        self, what: str, record: ActivationStats, grid: QuantSpec, clip: ClipSpec
+    ) -> tuple[Tensor, Tensor]:
         try:
-            x_min, x_max = choose_range(record, grid, clip)
+            return choose_range(record, grid, clip)
         except ValueError as error:
             if "needs" in str(error):
                 raise StatsError(f"{self.stats.source}: {what}: {error}") from error
             raise ConfigError(f"{what}: {error}") from error
-        return qparams_from_range(x_min, x_max, grid, spec.scale_approx_bits)
 
 
 def _grid_of_result(plan: LayerPlan) -> QParams | None:

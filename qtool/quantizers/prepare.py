@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qtool.errors import ConfigError
 from qtool.graph import ops
 from qtool.graph.fold import Folded, fold_batch_norms, move_stats, restore_layout
 from qtool.graph.trace import copy_graph, layers, tensor_inputs
@@ -58,7 +59,13 @@ class QuantizedModel(nn.Module):
         return super().train(False)
 
     def integers(self, x: Tensor) -> dict[str, Tensor]:
-        """The integers x_q that every quantized layer gives for an input batch, by layer name."""
+        """The integers x_q that every quantized layer gives for an input batch, by layer name.
+
+        Raises:
+            ConfigError: in dynamic mode.
+        """
+        if self.plan.dynamic:
+            raise ConfigError("dynamic mode: every batch has grids of its own, and no integers of fixed ones")
         found: dict[str, Tensor] = {}
         handles = []
         for name, layer in self.plan.layers.items():

@@ -21,8 +21,17 @@ def quantize_weight(
     spec: QuantSpec,
     weight_range: tuple[float, float] | None = None,
     clip: ClipSpec | None = None,
+    factors: tuple[float, float] | None = None,
 ) -> tuple[QParams, Tensor]:
     """The grid and the integers of a layer's weight, output channels first.
+
+    Args:
+        name: of the layer, for messages.
+        module: the layer.
+        spec: the grid asked for.
+        weight_range: of all its channels, in place of its own.
+        clip: how to choose its own range.
+        factors: on the two ends of its own range, which is widened to hold zero.
 
     Raises:
         ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
@@ -36,6 +45,8 @@ def quantize_weight(
             x_min, x_max = range_of_tensor(weight, spec, clip)
         except ValueError as error:
             raise ConfigError(f"layer {name!r}: its weight cannot be clipped: {error}") from error
+        if factors is not None:
+            x_min, x_max = x_min.clamp(max=0) * factors[0], x_max.clamp(min=0) * factors[1]
     elif spec.axis is None:
         x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
     else:

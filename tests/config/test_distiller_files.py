@@ -200,12 +200,15 @@ def test_a_key_of_an_override_is_the_setting_of_qtool(text, settings, read):
     assert read(f"overrides:\n  fc: {text}").overrides == {"fc": settings}
 
 
-def test_settings_of_an_input_are_those_of_the_output_but_for_what_is_given(read):
+@pytest.mark.parametrize(
+    "mode", ["mode: ASYMMETRIC_UNSIGNED", "mode: {activations: ASYMMETRIC_UNSIGNED, weights: SYMMETRIC}"]
+)
+def test_settings_of_an_input_are_those_of_the_output_but_for_what_is_given(mode, read):
     text = "fc: {bits_activations: 6, clip_acts: AVG, clip_half_range: True, input_overrides: %s}"
     inputs = (
         "{0: {from_output: True}, 1: {bits_activations: 4}, 2: {mode: ASYMMETRIC_SIGNED, clip_acts: NONE}}"
     )
-    spec = layer_specs(read(f"mode: ASYMMETRIC_UNSIGNED\noverrides:\n  {text % inputs}"), ["fc"])["fc"]
+    spec = layer_specs(read(f"{mode}\noverrides:\n  {text % inputs}"), ["fc"])["fc"]
     assert spec.clip.half_range
     assert spec.inputs == {
         0: InputSpec(QuantSpec.from_mode("asym_u", 6), ClipSpec("avg")),
@@ -271,7 +274,7 @@ def test_all_problems_are_reported_together_with_their_lines(problems):
     assert "unknown key 'clip_act'; did you mean 'clip_activations'" in found[1]
     assert found[2].endswith("'make_identity' is a setting of single layers; put it under 'overrides'")
     assert found[3].endswith("overrides.conv1: key 'acts' is an old spelling; write 'bits_activations'")
-    assert found[4].endswith("key 'wts' is an old spelling; write 'bits_weights'")
+    assert found[5].endswith("key 'wts' is an old spelling; write 'bits_weights'")
     assert "overrides.fc.clip_acts: 'median' is not one of 'none', 'avg'" in found[6]
     assert found[7] == "11: overrides.relu: a mapping of settings is wanted"
 
@@ -280,7 +283,8 @@ def test_all_problems_are_reported_together_with_their_lines(problems):
     ("body", "message"),
     [
         ("mode: ASYMMETRIC", "mode: 'ASYMMETRIC' is not one of 'sym', 'sym_restr', 'asym_s', 'asym_u'"),
-        ("mode: {activations: SYMMETRIC}", "mode: found {'activations': 'SYMMETRIC'}; a name, or a mapping of both"),
+        ("mode: {activations: SYMMETRIC}",
+         "mode: found {'activations': 'SYMMETRIC'}; a name, or a mapping of both"),
         ("mode: {}", "mode: found {}; a name, or a mapping of both activations and weights, is wanted"),
         ("mode: {activations: SYM, weights: SYMMETRIC}", "mode: 'SYM' is not one of"),
         ("input_overrides: {0: {from_output: True}}", "'input_overrides' is a setting of single layers"),
@@ -289,8 +293,10 @@ def test_all_problems_are_reported_together_with_their_lines(problems):
         ("fpq_module: 8", "fpq_module: '8' is not one of 16, 32, 64."),
         ("fp16: True\nfpq_module: 32", "fpq_module: 32 contradicts another key of this setting: 16"),
         ("bits_parameters: 4\nbits_weights: 6", "bits_weights: 6 contradicts another key of this setting: 4"),
-        ("overrides: {fc: {per_channel: True}}", "overrides.fc: unknown key 'per_channel'; did you mean 'per_channel_"),
-        ("overrides: {fc: {save_fp_weights: True}}", "overrides.fc: key 'save_fp_weights' cannot be set here;"),
+        ("overrides: {fc: {per_channel: True}}",
+         "overrides.fc: unknown key 'per_channel'; did you mean 'per_channel_"),
+        ("overrides: {fc: {save_fp_weights: True}}",
+         "overrides.fc: key 'save_fp_weights' cannot be set here;"),
         ("overrides: {fc: {input_overrides: [1]}}", "fc.input_overrides: a mapping of input numbers"),
         ("overrides: {fc: {input_overrides: {a: {}}}}", "fc.input_overrides.a: an input number (0, 1, ...)"),
         ("overrides: {fc: {input_overrides: {0: 8}}}", "fc.input_overrides.0: an input number (0, 1, ...)"),

@@ -7,12 +7,10 @@ from collections.abc import Callable, Hashable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from qtool.config import Config
@@ -20,7 +18,7 @@ from qtool.data.loader import Batch, make_loader
 from qtool.numerics.metrics import ratio_db, top_k_correct
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import runs, steps
-from qtool.pipeline.inputs import open_evaluation, open_subject
+from qtool.pipeline.inputs import open_evaluation, open_subject, weights_sha256
 from qtool.report import Result
 
 Flags = NDArray[np.bool_]
@@ -171,13 +169,3 @@ class Bench:
         if key not in self._stats:
             self._stats[key] = runs.measure_stats(config, self._traced, ranges.calibration)
         return self._stats[key]
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Of the names and values of parameters and buffers, wherever they were read from."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        raw = cast(torch.Tensor, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""Searches for ranges and clip modes: which settings fit together, and the file of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qtool.config.layers import own_settings
+from qtool.config.options import options_of
+from qtool.config.sections import Config, QuantizeConfig
+from qtool.errors import ConfigError
+
+
+def check_search(config: Config, searches: bool) -> None:
+    """Refuse options of a search that it cannot honour, and any of them where there is no search.
+
+    Args:
+        config: checked otherwise.
+        searches: whether the command is one that always searches, and not by LAPQ.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    lapq = config.lapq
+    if not searches and not lapq.enabled:
+        _refuse_given(config, ("lapq", "search"), "has an effect with --qe-lapq only; add that")
+        return
+    if searches:
+        _refuse_given(config, ("lapq",), "is of 'qtool quantize', not of this search")
+    name = "--qe-lapq" if lapq.enabled else "search-clipping"
+    if config.quantizers.dynamic:
+        raise ConfigError(f"{name}: searches for static ranges; leave out --qe-dynamic")
+    if lapq.enabled and config.quantizers.no_clip_layers:
+        raise ConfigError("--qe-no-clip-layers: --qe-lapq chooses all ranges; leave one of the two out")
+    if lapq.basinhopping_niter != type(lapq).basinhopping_niter and not lapq.basinhopping:
+        raise ConfigError(
+            "--lapq-basinhopping-niter: has an effect with --lapq-basinhopping only; add that too"
+        )
+
+
+def _refuse_given(config: Config, sections: Sequence[str], reason: str) -> None:
+    for section in sections:
+        values = getattr(config, section)
+        for name, default, described in options_of(type(values)):
+            if getattr(values, name) != default:
+                raise ConfigError(f"{described.flags[0]}: {reason}, or leave it out")
+
+
+def with_settings_of_layers(
+    config: QuantizeConfig, names: Sequence[str], found: Mapping[str, Mapping[str, Any]]
+) -> QuantizeConfig:
+    """The settings with what a search found for single layers; clip modes elsewhere are `none`.
+
+    Args:
+        config: what the search started from.
+        names: all layers, in order.
+        found: by layer, settings of an override.
+    """
+    own = own_settings(config, names)
+    overrides = {
+        name: {**_without_clipping(own.get(name, {})), **found.get(name, {})}
+        for name in names
+        if name in own or name in found
+    }
+    return replace(config, overrides=overrides, clip_activations="none", clip_n_stds=None, stats_file=None)
+
+
+def _without_clipping(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key != "clip_n_stds"}
+    return kept | ({"clip_activations": "none"} if "clip_activations" in kept else {})

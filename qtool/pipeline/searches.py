@@ -1,0 +1,252 @@
+"""The searches of a run: their images, their journal, their progress, and what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import scipy
+import torch
+import yaml
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from qtool.algorithms.lapq import (
+    LapqResult,
+    LapqSpec,
+    LapqState,
+    lapq,
+    sample_outputs,
+    searched_tensors,
+)
+from qtool.config import Config, dump_quantizers, with_settings_of_layers
+from qtool.config.sections import QuantizeConfig
+from qtool.data.calibration_set import calibration_indices, overlap
+from qtool.data.datasets import check_outputs
+from qtool.graph.trace import layers
+from qtool.numerics.spec import LayerSpec
+from qtool.observers.stats import ModelStats, write_stats
+from qtool.pipeline import steps
+from qtool.pipeline.inputs import Images, Subject, open_calibration, shared_images, weights_sha256
+from qtool.quantizers.prepare import QuantizedModel
+from qtool.run_dir import write_text
+from qtool.search.evaluations import Journal, Trials, open_journal
+
+LOG = logging.getLogger("qtool")
+
+JOURNAL_FILE = "search_journal.jsonl"
+RANGES_FILE = "quant_params_dict.yaml"
+SEARCHED_FIELDS = ("output_range", "weight_range_factors")
+
+
+@dataclass(frozen=True)
+class SearchedOn:
+    """The images that every trial of a search is evaluated on.
+
+    Args:
+        images: which.
+        overlap: how many of them are evaluation images.
+    """
+
+    images: Images
+    overlap: int
+
+    def record(self, count: int) -> dict[str, Any]:
+        """What results.json says of them; count is how many could be read."""
+        dataset = self.images.dataset
+        return {
+            "images": count,
+            "dataset": dataset.name,
+            "split": dataset.split,
+            "overlap": self.overlap,
+        }
+
+
+def open_search(
+    config: Config, subject: Subject, evaluation: Images, calibration: Images | None
+) -> SearchedOn:
+    """A share of the calibration images.
+
+    Args:
+        config, subject, evaluation: of the run.
+        calibration: its calibration images; None where statistics were given, for those it would have had.
+    """
+    images = calibration or open_calibration(config, subject, evaluation)
+    check_outputs(images.dataset, subject.num_outputs())
+    count, share = len(images.indices), config.search.eval_size
+    chosen = [images.indices[i] for i in calibration_indices(count, fraction=share, seed=config.run.seed)]
+    words = f"{len(chosen)} of the calibration images of {images.dataset.name}"
+    images = replace(images, indices=chosen, words=words)
+    if calibration is None:
+        return SearchedOn(images, shared_images(evaluation, images))
+    return SearchedOn(images, overlap(evaluation.dataset, evaluation.indices, images.dataset, chosen))
+
+
+def load_batches(config: Config, searched: SearchedOn) -> list[tuple[Tensor, Tensor]]:
+    """The images and labels, all in memory."""
+    LOG.info("the search evaluates on %s", searched.images.words)
+    return [(images, torch.as_tensor(labels).long()) for images, labels, *_ in searched.images.loader(config)]
+
+
+def quantize_with_lapq(
+    config: Config,
+    folder: Path,
+    subject: Subject,
+    traced: fx.GraphModule,
+    stats: ModelStats,
+    searched: SearchedOn,
+) -> tuple[QuantizedModel, dict[str, LayerSpec], dict[str, Any]]:
+    """Search for ranges, and quantize with the best: the network, its specs, and what results.json says."""
+    start = time.perf_counter()
+    quantizers = _without_clipping(config.quantizers, traced)
+    specs = steps.specs_for(traced, quantizers)
+    trials = Trials(traced, stats, load_batches(config, searched), config.run.chosen_device)
+    settings = _lapq_spec(config)
+    outputs = sample_outputs(trials.float_network(), [images for images, _ in trials.batches])
+    tensors = searched_tensors(trials.folded.traced, trials.stats, specs, outputs, settings)
+    LOG.info("LAPQ: %d ranges", len(tensors))
+    progress = _Progress(config, folder, quantizers, traced)
+    inputs = {"lapq": asdict(settings), **search_inputs(config, subject, traced, stats, searched)}
+    with journal_of(config, folder, inputs) as journal, progress:
+        result = lapq(
+            tensors, specs, lambda trial: trials.score(trial).loss, settings, journal, progress.watch
+        )
+    progress.write(result.specs)
+    LOG.info("LAPQ: loss %.6g after initialisation, %.6g at the end", result.initial_loss, result.loss)
+    model = trials.quantize(result.specs)
+    record = _lapq_record(config, trials, result, journal, searched)
+    return model, dict(result.specs), {**record, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _lapq_spec(config: Config) -> LapqSpec:
+    asked = config.lapq
+    return LapqSpec(
+        init_mode=asked.init_mode,
+        init_method=asked.init_method,
+        method=asked.method,
+        maxiter=asked.maxiter,
+        maxfev=asked.maxfev,
+        basinhopping=asked.basinhopping,
+        basinhopping_niter=asked.basinhopping_niter,
+        both_ends=asked.search_clipping,
+        seed=config.run.seed,
+    )
+
+
+def _lapq_record(
+    config: Config, trials: Trials, result: LapqResult, journal: Journal, searched: SearchedOn
+) -> dict[str, Any]:
+    initial = trials.score(result.initial)
+    final = trials.score(result.specs)
+    return {
+        "initial": {"mode": config.lapq.init_mode, "loss": result.initial_loss, "top1": initial.top1},
+        "final": {"loss": result.loss, "top1": final.top1},
+        "p": result.p,
+        "losses_of_p": {f"{p:.6g}": loss for p, loss in result.losses_of_p.items()},
+        "ranges": result.tensors,
+        "evaluations": result.evaluations,
+        "resumed": journal.taken,
+        "images": searched.record(trials.images),
+    }
+
+
+def _without_clipping(config: QuantizeConfig, traced: fx.GraphModule) -> QuantizeConfig:
+    """The settings with clip mode none everywhere; clip modes that were asked for are set aside."""
+    specs = steps.specs_for(traced, config)
+    clipped = [name for name, spec in specs.items() if spec.clip.mode != "none"]
+    if clipped:
+        LOG.warning(
+            "clip modes are set aside, such as that of %s: --qe-lapq chooses all ranges, and starts where "
+            "--lapq-init-mode says",
+            clipped[0],
+        )
+    return with_settings_of_layers(replace(config, also_clip_weights=False), list(specs), {})
+
+
+@contextmanager
+def journal_of(config: Config, folder: Path, inputs: Mapping[str, Any]) -> Iterator[Journal]:
+    """The journal of a run's search, with the entries of the run that it resumes."""
+    resumed = config.search.resume
+    earlier = None if resumed is None else resumed / JOURNAL_FILE
+    with open_journal(folder / JOURNAL_FILE, inputs, earlier) as journal:
+        LOG.info("a run that is ended can go on: add --resume-search-from %s", folder)
+        yield journal
+        if earlier is not None:
+            LOG.info("%d results were taken from %s", journal.taken, earlier)
+
+
+def search_inputs(
+    config: Config, subject: Subject, traced: fx.GraphModule, stats: ModelStats, searched: SearchedOn
+) -> dict[str, Any]:
+    """What the numbers of a search depend on, apart from its own settings."""
+    dataset = searched.images.dataset
+    digest = hashlib.sha256()
+    for index in searched.images.indices:
+        digest.update(
+            f"{dataset.path_of(index)}\0{dataset.labels[index]}\n".encode("utf-8", "surrogateescape")
+        )
+    quantizers = replace(config.quantizers, stats_file=None)
+    return {
+        "network": [subject.arch, weights_sha256(traced)],
+        "statistics": hashlib.sha256(write_stats(stats).encode()).hexdigest(),
+        "images": [len(searched.images.indices), digest.hexdigest()],
+        "preprocessing": repr(subject.preprocessing),
+        "batch size": config.data.batch_size,
+        "quantizers": yaml.safe_load(dump_quantizers(quantizers))["quantizers"],
+        "device": config.run.chosen_device,
+        "versions": [torch.__version__, scipy.__version__],
+    }
+
+
+class _Progress:
+    """Shows a bar or lines, and writes the best ranges whenever the search enters another phase."""
+
+    def __init__(
+        self, config: Config, folder: Path, quantizers: QuantizeConfig, traced: fx.GraphModule
+    ) -> None:
+        self.path = folder / RANGES_FILE
+        self.quantizers = quantizers
+        self.names = [name for name, _, _ in layers(traced)]
+        self.every = config.data.print_freq
+        self.last: LapqState | None = None
+        self.bar: tqdm[Any] = tqdm(
+            desc="LAPQ", unit="trial", leave=False, disable=None if self.every is None else True
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def watch(self, state: LapqState) -> None:
+        self.bar.update()
+        self.bar.set_postfix_str(f"{state.phase}, best loss {state.best_loss:.6g}", refresh=False)
+        if self.every is not None and state.evaluations % self.every == 0:
+            self._log(state)
+        if self.last is not None and self.last.phase != state.phase:
+            self._log(self.last)
+            self.write(self.last.best)
+        self.last = state
+
+    @staticmethod
+    def _log(state: LapqState) -> None:
+        LOG.info(
+            "LAPQ: %s: loss %.6g, best %.6g, %d evaluations",
+            state.phase, state.loss, state.best_loss, state.evaluations,
+        )  # fmt: skip
+
+    def write(self, specs: Mapping[str, LayerSpec]) -> None:
+        """Write the settings that give these specs, in a file that 'quantize -c' takes."""
+        found = {
+            name: {key: getattr(spec, key) for key in SEARCHED_FIELDS if getattr(spec, key) is not None}
+            for name, spec in specs.items()
+        }
+        found = {name: settings for name, settings in found.items() if settings}
+        write_text(self.path, dump_quantizers(with_settings_of_layers(self.quantizers, self.names, found)))
