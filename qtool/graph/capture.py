@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +88,8 @@ def exported(root: nn.Module, example: Any) -> fx.GraphModule:
     args, kwargs = pytree.tree_map(_at_least_two, arguments(example))
     names = inspect.signature(root.forward).bind(*args, **kwargs).arguments
     free = {name: pytree.tree_map(_first_axis_free, value) for name, value in names.items()}
-    program = torch.export.export(root, args, kwargs, dynamic_shapes=free, strict=False)
+    with _quiet():
+        program = torch.export.export(root, args, kwargs, dynamic_shapes=free, strict=False)
     traced = program.module(check_guards=False)
     assert isinstance(traced, fx.GraphModule)
     for node in reversed(list(traced.graph.nodes)):
@@ -92,6 +97,22 @@ def exported(root: nn.Module, example: Any) -> fx.GraphModule:
             traced.graph.erase_node(node)
     _collapse_modules(traced.graph, root)
     return fx.GraphModule(_Both(root, traced), traced.graph, class_name=type(root).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the terminal from torch.export, which logs and prints the graph that it fails on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _at_least_two(value: Any) -> Any:
@@ -156,7 +177,7 @@ def _why_impossible(symbolic_error: Exception, export_error: Exception) -> str:
     """Name the line of the user's code at which capturing gave up."""
     return (
         f"the network cannot be traced{_line_of(symbolic_error)}: {one_line(symbolic_error)}; "
-        f"torch.export says{_line_of(export_error)}: {one_line(export_error)}; "
+        f"torch.export says{_line_of(export_error)}: {one_line(export_error, 120)}; "
         "rewrite that line without Python control flow on tensors"
     )
 
@@ -171,6 +192,6 @@ def _line_of(error: Exception) -> str:
     return f" at {own[-1].filename}:{own[-1].lineno} ({line})"
 
 
-def one_line(error: BaseException) -> str:
-    """An error as one line of text, cut to 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def one_line(error: BaseException, max_chars: int = 300) -> str:
+    """An error as one line of text, cut to so many characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:max_chars]

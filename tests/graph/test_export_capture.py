@@ -114,3 +114,18 @@ def test_an_error_names_the_line():
 
     with pytest.raises(ModelError, match=r"test_export_capture\.py:\d+ \(if x\.sum\(\) > 0:\)"):
         trace(Net(), X)
+
+
+class Branching(nn.Module):
+    """Takes a branch by the values of a tensor, which no graph can hold."""
+
+    def forward(self, x):
+        return -x if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_captured_is_one_line_and_no_noise(capfd):
+    with pytest.raises(ModelError, match=r"test_export_capture\.py:\d+ \(return -x if") as raised:
+        trace(Branching(), torch.ones(2, 3))
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 700
+    assert capfd.readouterr() == ("", "")
