@@ -114,26 +114,20 @@ def output_channels_first(layer: nn.Module) -> Tensor:
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if ops.module_op(layer) != "conv_transpose":
-        return weight
-    groups = layer.groups
-    assert isinstance(groups, int)
-    grouped = weight.reshape(
-        groups, weight.shape[0] // groups, *weight.shape[1:]
-    )  # (G, C_in/G, C_out/G, ...)
-    return grouped.transpose(1, 2).flatten(0, 1)  # (C_out, C_in/G, ...)
+    return _swap_channels(weight, layer) if ops.module_op(layer) == "conv_transpose" else weight
 
 
 def restore_layout(weight: Tensor, layer: nn.Module) -> Tensor:
     """The inverse of output_channels_first, for a tensor in that layout."""
-    if ops.module_op(layer) != "conv_transpose":
-        return weight
+    return _swap_channels(weight, layer).contiguous() if ops.module_op(layer) == "conv_transpose" else weight
+
+
+def _swap_channels(weight: Tensor, layer: nn.Module) -> Tensor:
+    """(G * A, B, ...) to (G * B, A, ...), within each of the layer's G groups; its own inverse."""
     groups = layer.groups
     assert isinstance(groups, int)
-    grouped = weight.reshape(
-        groups, weight.shape[0] // groups, *weight.shape[1:]
-    )  # (G, C_out/G, C_in/G, ...)
-    return grouped.transpose(1, 2).flatten(0, 1).contiguous()
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])  # (G, A, B, ...)
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def move_stats(stats: ModelStats, pairs: dict[str, str]) -> ModelStats:
