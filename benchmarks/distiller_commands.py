@@ -2,9 +2,10 @@
 
     QTOOL_DATA=path/to/data python benchmarks/distiller_commands.py benchmarks/
 
-Each row is a process: `qtool quantize` (float: `qtool evaluate`) and the arguments that followed the script's name in
-Distiller's guide, with its own statistics files; only the weights and images are those of the test data. Rows that
-distiller_commands.json holds already are not run again; distiller_commands.md is written from it.
+Each row is a process: `qtool quantize` (float: `qtool evaluate`) and the arguments that followed the
+script's name in Distiller's guide, with its own statistics files; only the weights and images are those
+of the test data. Rows that distiller_commands.json holds already are not run again;
+distiller_commands.md is written from it.
 """
 
 import json
@@ -26,20 +27,19 @@ COMMON = (
     "--classes $QTOOL_DATA/imagenet-classes.txt $QTOOL_DATA/imagenet-nips2017 --evaluate"
 )
 STATS = "--qe-stats-file $QTOOL_DATA/distiller/{arch}_quant_stats.yaml"
+BEST = "--qe-per-channel --qe-clip-acts avg --qe-no-clip-layers fc"
+SIX = "--qe-bits-acts 6 --qe-bits-wts 6"
 ROWS = {
     "float": "",
-    "sym": "--quantize-eval " + STATS,
-    "sym per-channel": "--quantize-eval --qe-per-channel " + STATS,
-    "sym per-channel avg": "--quantize-eval --qe-per-channel --qe-clip-acts avg " + STATS,
-    "sym per-channel avg except fc": "--quantize-eval --qe-per-channel --qe-clip-acts avg --qe-no-clip-layers fc "
-    + STATS,
-    "asym_u": "--quantize-eval --qe-mode asym_u " + STATS,
-    "asym_u per-channel avg except fc": "--quantize-eval --qe-mode asym_u --qe-per-channel --qe-clip-acts avg "
-    "--qe-no-clip-layers fc " + STATS,
-    "sym 6-bit": "--quantize-eval --qe-bits-acts 6 --qe-bits-wts 6 " + STATS,
-    "asym_u 6-bit": "--quantize-eval --qe-mode asym_u --qe-bits-acts 6 --qe-bits-wts 6 " + STATS,
-    "asym_u per-channel avg except fc 6-bit": "--quantize-eval --qe-mode asym_u --qe-bits-acts 6 --qe-bits-wts 6 "
-    "--qe-per-channel --qe-clip-acts avg --qe-no-clip-layers fc " + STATS,
+    "sym": f"--quantize-eval {STATS}",
+    "sym per-channel": f"--quantize-eval --qe-per-channel {STATS}",
+    "sym per-channel avg": f"--quantize-eval --qe-per-channel --qe-clip-acts avg {STATS}",
+    "sym per-channel avg except fc": f"--quantize-eval {BEST} {STATS}",
+    "asym_u": f"--quantize-eval --qe-mode asym_u {STATS}",
+    "asym_u per-channel avg except fc": f"--quantize-eval --qe-mode asym_u {BEST} {STATS}",
+    "sym 6-bit": f"--quantize-eval {SIX} {STATS}",
+    "asym_u 6-bit": f"--quantize-eval --qe-mode asym_u {SIX} {STATS}",
+    "asym_u per-channel avg except fc 6-bit": f"--quantize-eval --qe-mode asym_u {SIX} {BEST} {STATS}",
 }
 PUBLISHED = {
     "resnet50": [76.130, 74.904, 75.154, 72.268, 75.824, 75.292, 75.986, 36.124, 62.230, 74.494],
@@ -58,15 +58,17 @@ HEAD = """# Distiller's command lines and its 6-bit experiment, on today's PyTor
 
 Command: `QTOOL_DATA=... python benchmarks/distiller_commands.py benchmarks/`
 
-The arguments that follow the script's name in Distiller's guide, behind `qtool quantize`, with Distiller's own
-statistics files; evaluated on all 1,000 images of imagenet-nips2017. Statistics were measured by Distiller's authors
-on other weights of the same networks, which costs accuracy in some rows (calibrated rows: seed_table.md). The resnet18 and
-resnet50 weights are from github uber-research/permute-quantize-finetune, under the Uber Non-Commercial License; these
-tables are for non-commercial use only.
+The arguments that follow the script's name in Distiller's guide, behind `qtool quantize`, with
+Distiller's own statistics files; evaluated on all 1,000 images of imagenet-nips2017. The statistics
+were measured by Distiller's authors on other weights of the same networks, which costs accuracy in some
+rows (with statistics of these weights: seed_table.md). The resnet18 and resnet50 weights are from github
+uber-research/permute-quantize-finetune, under the Uber Non-Commercial License; these tables are for
+non-commercial use only.
 
-Each line is `-a ARCH -p 10 -j 2 --checkpoint $QTOOL_DATA/weights/ARCH.pth --classes $QTOOL_DATA/imagenet-classes.txt
-$QTOOL_DATA/imagenet-nips2017 --evaluate`, and what the table shows; differences are paired over the images, with their
-standard error. Published figures are on ImageNet's validation set, with torchvision's weights.
+Each line is `-a ARCH -p 10 -j 2 --checkpoint $QTOOL_DATA/weights/ARCH.pth --classes
+$QTOOL_DATA/imagenet-classes.txt $QTOOL_DATA/imagenet-nips2017 --evaluate`, what the table shows, and
+`--qe-stats-file $QTOOL_DATA/distiller/ARCH_quant_stats.yaml`. Differences are paired over the images, with
+their standard error. Published figures are on ImageNet's validation set, with torchvision's weights.
 """
 
 
@@ -74,6 +76,8 @@ def run(arguments: str, folder: Path) -> dict[str, Any]:
     """Run one command line; what its results.json holds."""
     words = [os.path.expandvars(word) for word in shlex.split(arguments)]
     command = "quantize" if "--quantize-eval" in words else "evaluate"
+    if command == "evaluate":
+        words.remove("--evaluate")
     done = subprocess.run(["qtool", command, *words, "-o", folder], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"exit code {done.returncode}: qtool {command} {arguments}")
@@ -148,7 +152,7 @@ def report(known: dict[str, Any]) -> str:
     lines += [
         f"## {SIX_BITS}, runs 2 to 6 of its header",
         "",
-        "Each run is the file with the section for it uncommented, behind `--quantize-eval --qe-config-file`.",
+        "Each run is the file with its section uncommented, behind `--quantize-eval --qe-config-file`.",
         "",
         f"| run | overrides | {columns}{published}",
         "|---|---|---|---|---|---|---|---|",
