@@ -1,101 +1,257 @@
 """Attach observers to a traced network, and always detach them.
 
-Every tensor is observed once: a layer's input is its producer's output, and is filed under both
-names. Only inputs that no layer produced (the network's own, or the result of a reshape) get an
-observer of their own, one for all their readers.
+Every tensor is observed once. A layer's input is its producer's output, or the same values in another
+shape, and is filed under both names; only inputs that no layer produced (the network's own, a part of
+a tensor) get an observer of their own, one for all their readers. The output of a ReLU has the extremes
+of its input, limited.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from qtool.errors import StatsError
 from qtool.graph import ops
+from qtool.graph.axes import batch_axis, channel_axis
+from qtool.graph.fast import Fast
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
-from qtool.observers.moments import MomentsObserver
-from qtool.observers.stats import LayerStats, ModelStats
+from qtool.observers.kernels import CACHED, Extremes, as_rows
+from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
+from qtool.observers.sums import TensorSums
+from qtool.observers.tensor import Chunk, NotFinite, TensorObserver
+
+LOG = logging.getLogger("qtool")
+
+# What gives back the values of its input, all of them, in another shape or order within each image.
+SAME_VALUES = ops.KEEPS_GRID | {
+    *("flatten", "unflatten", "view", "view_as", "reshape", "reshape_as", "squeeze", "unsqueeze"),
+    *("permute", "transpose", "t", "movedim", "moveaxis", "alias"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+}
+CLAMPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+BATCHWISE = ("auto", "on", "off")
 
 
-@dataclass(frozen=True)
-class Observation:
-    """Which observer watches which tensor of a network: one for each producing node."""
+class NonFiniteError(StatsError):
+    """A layer gave NaN or infinity; image is the number of the first image for which it did."""
 
-    traced: fx.GraphModule
-    observers: dict[fx.Node, MomentsObserver]
-
-    def start_second_pass(self) -> None:
-        """Tell every observer that the data starts again."""
-        for observer in self.observers.values():
-            observer.start_second_pass()
-
-    def stats(self) -> ModelStats:
-        """The records of all layers, each tensor filed under every name it has."""
-        found = {node: observer.stats() for node, observer in self.observers.items()}
-        return ModelStats(
-            {
-                name: LayerStats(
-                    {i: found[source] for i, source in enumerate(tensor_inputs(node)) if source in found},
-                    found.get(node),
-                )
-                for name, node, _ in layers(self.traced)
-            }
+    def __init__(self, where: str, image: int, cause: str) -> None:
+        super().__init__(
+            f"calibration: {where} holds {cause}, first for image {image}; check the weights and the images"
         )
+        self.where, self.image, self.cause = where, image, cause
+
+
+@dataclass
+class _Watch:
+    """One tensor that is observed: its node, what is called where it is, and what it has shown."""
+
+    node: fx.Node
+    where: str
+    observer: TensorObserver | None = None
+    axis: int | None = 0
+
+
+@dataclass
+class Observation:
+    """Which observer watches which tensor of a network, and the chunk that is going through it.
+
+    Args:
+        network: what runs.
+        batchwise: `auto` finds the images' axis of each tensor, `on` takes axis 0; `off` as auto.
+        pivots: by node name, for parts of a calibration that are to be merged.
+    """
+
+    network: Fast
+    batchwise: str = "auto"
+    pivots: Mapping[str, float] = field(default_factory=dict)
+    chunk: Chunk | None = None
+    watches: dict[fx.Node, _Watch] = field(default_factory=dict)
+    _scratch: Tensor | None = None
+    _warned: set[str] = field(default_factory=set)
+
+    def run(self, images: Tensor, number: int, first: int) -> Any:
+        """Send a chunk of images through the network and observe every tensor.
+
+        Raises:
+            NonFiniteError: if a layer gives NaN or infinity.
+        """
+        self.chunk = Chunk(number, first, len(images))
+        return self.network.traced(images)
+
+    def sums(self) -> dict[str, TensorSums]:
+        """What was gathered, by the name of the node."""
+        found = {node.name: w.observer.sums() for node, w in self.watches.items() if w.observer is not None}
+        return {name: sums for name, sums in found.items() if sums is not None}
+
+    def see(self, watch: _Watch, x: Tensor) -> None:
+        """Give one tensor of the present chunk to its observer."""
+        assert self.chunk is not None
+        x = x.detach().float()
+        if watch.observer is None:
+            self._start(watch, x)
+        assert watch.observer is not None
+        if self._scratch is None or self._scratch.device != x.device:
+            self._scratch = torch.empty(CACHED, device=x.device)
+        try:
+            rows = as_rows(x, self.chunk.images, watch.axis, channel_axis(watch.node))
+            watch.observer.update(rows, self.chunk, self._scratch, self._known(watch))
+        except NotFinite as error:
+            raise NonFiniteError(watch.where, error.image, str(error)) from error
+        except ValueError as error:
+            raise StatsError(f"calibration: {watch.where}: {error}") from error
+
+    def _start(self, watch: _Watch, x: Tensor) -> None:
+        assert self.chunk is not None
+        watch.axis = self._axis_of(watch, x)
+        shape = list(x.shape)
+        if watch.axis is not None:
+            shape[watch.axis] //= self.chunk.images
+        watch.observer = TensorObserver(tuple(shape), self.pivots.get(watch.node.name))
+
+    def _axis_of(self, watch: _Watch, x: Tensor) -> int | None:
+        """The axis of the images; a tensor without one is a single row of each chunk."""
+        assert self.chunk is not None
+        images, example = self.chunk.images, tuple(watch.node.meta["value"].shape)
+        example_images = example_size(self.network.traced)
+        by_rows = 0 if x.dim() and x.shape[0] % images == 0 else None
+        if self.batchwise == "on" or images == example_images:
+            return by_rows
+        try:
+            return batch_axis(tuple(x.shape), images, example, example_images)
+        except ValueError as error:
+            op = str(watch.node.meta["op"])
+            if op not in self._warned:
+                self._warned.add(op)
+                LOG.warning(
+                    "%s (%s): which axis holds the images cannot be told (%s); "
+                    "its averages are over %s; --batchwise-statistics on takes axis 0",
+                    watch.where, op, error, "axis 0" if by_rows == 0 else "chunks of images",
+                )  # fmt: skip
+            return by_rows
+
+    def _known(self, watch: _Watch) -> Extremes | None:
+        """The extremes of a ReLU's output, if those of its input are known."""
+        assert self.chunk is not None
+        limits = CLAMPS.get(str(watch.node.meta["op"]))
+        sources = tensor_inputs(watch.node)
+        if limits is None or len(sources) != 1:
+            return None
+        source = self.watches.get(sources[0])
+        if source is None or source.observer is None or source.axis != watch.axis:
+            return None
+        number, found = source.observer.latest or (None, None)
+        return found.clamped(*limits) if found is not None and number == self.chunk.number else None
 
 
 @contextmanager
-def observe(traced: fx.GraphModule) -> Iterator[Observation]:
-    """Watch every layer's inputs and output while batches run inside the `with` block.
+def observe(
+    network: Fast, batchwise: str = "auto", pivots: Mapping[str, float] | None = None
+) -> Iterator[Observation]:
+    """Watch every layer's inputs and output while chunks run inside the `with` block.
 
-    Raises:
-        StatsError: from the run, if a layer gives NaN or infinity.
+    Args:
+        network: what runs, from fast.
+        batchwise, pivots: see Observation.
     """
-    observers: dict[fx.Node, MomentsObserver] = {}
+    observation = Observation(network, batchwise, pivots or {})
     handles: list[RemovableHandle] = []
-    produced = {node for _, node, _ in layers(traced) if ops.is_float_tensor(node.meta["value"])}
+    produced = {node for _, node, _ in layers(network.traced) if ops.is_float_tensor(node.meta["value"])}
     try:
-        for name, node, module in layers(traced):
-            fresh = [
-                (i, s)
-                for i, s in enumerate(tensor_inputs(node))
-                if s not in produced and s not in observers and not is_mask(node, i)
-            ]
-            for _, source in fresh:
-                observers[source] = MomentsObserver()
+        for name, node, module in layers(network.traced):
+            fresh = []
+            for index, source in enumerate(tensor_inputs(node)):
+                source = origin(source)
+                if source in produced or source in observation.watches or is_mask(node, index):
+                    continue
+                watch = _Watch(source, f"the input {index} of layer {name!r}")
+                observation.watches[source] = watch
+                fresh.append((index, watch))
             if fresh:
-                handles.append(_watch_inputs(name, module, [(i, observers[s]) for i, s in fresh]))
+                handles.append(_watch_inputs(observation, module, fresh))
             if node in produced:
-                observers[node] = MomentsObserver()
-                handles.append(_watch_output(name, module, observers[node]))
-        yield Observation(traced, observers)
+                observation.watches[node] = _Watch(node, f"the output of layer {name!r}")
+                handles.append(_watch_output(observation, module, observation.watches[node]))
+        yield observation
     finally:
         for handle in handles:
             handle.remove()
 
 
+def example_size(traced: fx.GraphModule) -> int:
+    """How many images the example had that a network was traced with."""
+    values = (n.meta["value"] for n in traced.graph.nodes if n.op == "placeholder")
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The node whose values another one gives back in another shape."""
+    while node.meta.get("op") in SAME_VALUES and "layer" not in node.meta:
+        sources = tensor_inputs(node)
+        if len(sources) != 1 or sources[0].meta["value"].numel() != node.meta["value"].numel():
+            break
+        (node,) = sources
+    return node
+
+
+def model_stats(network: Fast, sums: Mapping[str, TensorSums], group: int = 1) -> ModelStats:
+    """The records of all layers, each tensor filed under every name it has.
+
+    Args:
+        network: what ran.
+        sums: by node name, see Observation.sums.
+        group: how many images make one item of the averages.
+    """
+    records = {name: part.stats(group) for name, part in sums.items()}
+    example = example_size(network.traced)
+    norms = {layer: norm for norm, layer in network.folded.items()}
+    found: dict[str, LayerStats] = {}
+    for name, node, _ in layers(network.traced):
+        sources = [(i, s) for i, s in enumerate(tensor_inputs(node)) if origin(s).name in records]
+        inputs = {
+            i: _seen_as(records[origin(s).name], s, example) for i, s in sources if not is_mask(node, i)
+        }
+        output = records.get(node.name)
+        if name in norms:
+            found[name] = LayerStats(inputs, None)
+            found[norms[name]] = LayerStats({}, output)
+        else:
+            found[name] = LayerStats(inputs, output)
+    return ModelStats(found)
+
+
+def _seen_as(record: ActivationStats, node: fx.Node, example: int) -> ActivationStats:
+    """The record of the same values in the shape that a node gives them; example: images of the example."""
+    if node is origin(node):
+        return record
+    shape = list(node.meta["value"].shape)
+    if shape and shape[0] % example == 0:
+        shape[0] //= example
+    return replace(record, shape=tuple(shape), channel_min=None, channel_max=None)
+
+
 def _watch_inputs(
-    name: str, module: nn.Module, observers: list[tuple[int, MomentsObserver]]
+    observation: Observation, module: nn.Module, watches: list[tuple[int, _Watch]]
 ) -> RemovableHandle:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = float_tensors((args, kwargs))
-        for index, observer in observers:
-            _update(observer, tensors[index], f"the input {index} of layer {name!r}")
+        for index, watch in watches:
+            observation.see(watch, tensors[index])
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _watch_output(name: str, module: nn.Module, observer: MomentsObserver) -> RemovableHandle:
+def _watch_output(observation: Observation, module: nn.Module, watch: _Watch) -> RemovableHandle:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        _update(observer, output, f"the output of layer {name!r}")
+        observation.see(watch, output)
 
     return module.register_forward_hook(hook)
-
-
-def _update(observer: MomentsObserver, x: Tensor, where: str) -> None:
-    try:
-        observer.update(x)
-    except ValueError as error:
-        raise StatsError(f"calibration: {where} holds {error}; check the weights and the images") from error

@@ -12,11 +12,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from qtool.errors import StatsError, nearest
+from qtool.numerics.histogram import Histogram
+
+Floats: TypeAlias = "NDArray[np.float32]"
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -32,8 +37,11 @@ class ActivationStats:
         mean: over all elements.
         std: population standard deviation (divided by N).
         b: mean absolute deviation from the mean.
-        shape: of the first batch.
+        shape: of one image's part, (1, ...); in Distiller's files of the first batch.
         total_numel: number of elements seen.
+        histogram: counts of a sample of the elements.
+        image_min, image_max: (images,), float32: each image's smallest and largest element.
+        channel_min, channel_max: (C,), float32: each channel's.
     """
 
     min: float
@@ -45,6 +53,11 @@ class ActivationStats:
     b: float | None = None
     shape: tuple[int, ...] | None = None
     total_numel: int | None = None
+    histogram: Histogram | None = field(default=None, compare=False, repr=False)
+    image_min: Floats | None = field(default=None, compare=False, repr=False)
+    image_max: Floats | None = field(default=None, compare=False, repr=False)
+    channel_min: Floats | None = field(default=None, compare=False, repr=False)
+    channel_max: Floats | None = field(default=None, compare=False, repr=False)
 
     def clamped(self, low: float, high: float) -> ActivationStats:
         """The record with min, max and their averages moved into [low, high]; the rest stays."""
@@ -52,12 +65,20 @@ class ActivationStats:
         def inside(value: float | None) -> float | None:
             return None if value is None else min(max(value, low), high)
 
+        def all_inside(values: Floats | None) -> Floats | None:
+            return None if values is None else np.clip(values, low, high)
+
         return replace(
             self,
             min=min(max(self.min, low), high),
             max=min(max(self.max, low), high),
             avg_min=inside(self.avg_min),
             avg_max=inside(self.avg_max),
+            histogram=None if self.histogram is None else self.histogram.clamped(low, high),
+            image_min=all_inside(self.image_min),
+            image_max=all_inside(self.image_max),
+            channel_min=all_inside(self.channel_min),
+            channel_max=all_inside(self.channel_max),
         )
 
 
@@ -89,7 +110,10 @@ class ModelStats:
         """
         record = self._layer(name).output
         if record is None:
-            raise StatsError(f"{self.source}: layer {name!r} has no record of its output; {_RECALIBRATE}")
+            raise StatsError(
+                f"{self.source}: layer {name!r} has no record of its output; {_RECALIBRATE} "
+                "(the output of a layer with a folded batch norm is that of the batch norm)"
+            )
         return record
 
     def input(self, name: str, index: int) -> ActivationStats:
@@ -122,7 +146,7 @@ class ModelStats:
 
 _RECALIBRATE = "run 'qtool calibrate' again"
 _NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
-_FIELD_NAMES = tuple(f.name for f in fields(ActivationStats))
+_FIELD_NAMES = tuple(f.name for f in fields(ActivationStats) if f.compare)
 
 
 def write_stats(stats: ModelStats) -> str:
@@ -218,7 +242,8 @@ def _read_record(where: str, tree: Any, problems: list[str]) -> ActivationStats 
             problems.append(f"{where}.{name}: found {numbers[name]:g}; it cannot be negative")
     if len(problems) > before or low is None or high is None:
         return None
-    return ActivationStats(low, high, **numbers, shape=shape, total_numel=numel)
+    fields_found: dict[str, Any] = {**numbers, "shape": shape, "total_numel": numel}
+    return ActivationStats(low, high, **fields_found)
 
 
 def _read_number(where: str, value: Any, problems: list[str]) -> float | None:

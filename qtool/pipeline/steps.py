@@ -8,6 +8,7 @@ None of the steps changes the caller's network.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,13 +21,14 @@ from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
-from qtool.graph.observe import observe
+from qtool.graph.observe import model_stats, observe
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
 from qtool.models import read_checkpoint
 from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
+from qtool.pipeline.calibration import fast_or_plain, run_chunks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
 from qtool.quantizers.prepare import QuantizedModel, quantize_graph
 from qtool.report import Result
@@ -44,29 +46,32 @@ def calibrate(
     *,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    batchwise: str = "auto",
 ) -> ModelStats:
-    """Measure every layer's inputs and output while the batches run, in two passes over them.
+    """Measure every layer's inputs and output in one pass over the batches.
 
     Args:
         model: any network that can be traced, or one that trace has given.
-        batches: images, (N, C, H, W) or whatever the network takes; an iterator is read into memory.
+        batches: images, (N, C, H, W) or whatever the network takes.
         transform: from an item to images, see above.
         device: where the network runs.
         progress: whether to show a bar on stderr.
+        batchwise: how the averages avg_min and avg_max find the images of a tensor: `auto` finds the axis
+            that grows with their number, `on` takes axis 0, `off` averages over batches in place of images
+            (the result then depends on the size of the first batch).
 
     Raises:
         DataError: if there are no batches.
         StatsError: if a layer gives NaN or infinity.
     """
-    batches = list(batches) if isinstance(batches, Iterator) else batches
-    traced = evaluable(_traced_for(model, batches, transform), device)
-    with observe(traced) as observation, torch.no_grad():
-        for number in (1, 2):
-            if number == 2:
-                observation.start_second_pass()
-            for images, _ in _batches(batches, transform, progress and f"calibrating, pass {number} of 2"):
-                traced(images.to(device))
-        return observation.stats()
+    stream = _batches(batches, transform, progress and "calibrating")
+    first, _ = next(stream)
+    traced = evaluable(_as_traced(model) or trace(model, first[:EXAMPLE_IMAGES]), device)
+    with torch.no_grad():
+        network = fast_or_plain(traced, first[:1].to(device))
+        with observe(network, batchwise) as observation:
+            run_chunks(observation, itertools.chain([first], (images for images, _ in stream)), device)
+            return model_stats(network, observation.sums(), len(first) if batchwise == "off" else 1)
 
 
 def quantize(
@@ -207,14 +212,6 @@ def _as_traced(model: nn.Module) -> fx.GraphModule | None:
     if isinstance(model, fx.GraphModule) and any("layer" in n.meta for n in model.graph.nodes):
         return model
     return None
-
-
-def _traced_for(model: nn.Module, batches: Iterable[Any], transform: Transform | None) -> fx.GraphModule:
-    traced = _as_traced(model)
-    if traced is None:
-        images, _ = next(_batches(batches, transform, None))
-        traced = trace(model, images[:EXAMPLE_IMAGES])
-    return traced
 
 
 def example_input(shape: Iterable[int]) -> Tensor:

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from qtool.errors import StatsError
-from qtool.graph.observe import observe
+from qtool.graph.fast import fast
+from qtool.graph.observe import NonFiniteError, model_stats, observe
 from qtool.graph.trace import trace
 from qtool.observers.stats import ModelStats
 
@@ -20,13 +21,11 @@ class Net(nn.Module):
 
 
 def measured(net: nn.Module, batches) -> ModelStats:
-    traced = trace(net, batches[0])
-    with observe(traced) as observation:
-        for _ in range(2):
-            for x in batches:
-                traced(x)
-            observation.start_second_pass()
-    return observation.stats()
+    network = fast(trace(net, batches[0]))
+    with observe(network) as observation, torch.no_grad():
+        for number, x in enumerate(batches):
+            observation.run(x, number, number * len(x))
+    return model_stats(network, observation.sums())
 
 
 def test_every_input_and_output_is_recorded_under_its_name():
@@ -41,15 +40,15 @@ def test_every_input_and_output_is_recorded_under_its_name():
     assert stats.input("add", 0) == stats.output("cat")
     assert stats.output("add").max == max(float(part.max()) for part in y)
     assert stats.output("add").total_numel == 32
-    assert stats.output("add").shape == (2, 8)
+    assert stats.output("add").shape == (1, 8)
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():
-    traced = trace(Net(), X)
-    with pytest.raises(KeyboardInterrupt), observe(traced):
-        assert any(m._forward_hooks for m in traced.modules())
+    network = fast(trace(Net(), X))
+    with pytest.raises(KeyboardInterrupt), observe(network):
+        assert any(m._forward_hooks for m in network.traced.modules())
         raise KeyboardInterrupt
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in traced.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.traced.modules())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -61,9 +60,15 @@ def test_the_first_layer_that_gives_no_number_is_named(value):
 
 
 def test_an_input_that_is_no_number_is_named():
-    traced = trace(nn.Sequential(nn.Linear(4, 4)), X)
-    with observe(traced), pytest.raises(StatsError, match="the input 0 of layer '0'"):
-        traced(X * float("nan"))
+    network = fast(trace(nn.Sequential(nn.Linear(4, 4)), X))
+    bad = X.clone()
+    bad[1, 2] = torch.nan
+    with (
+        observe(network) as observation,
+        pytest.raises(NonFiniteError, match="the input 0 of layer '0'") as e,
+    ):
+        observation.run(bad, number=3, first=6)
+    assert e.value.image == 7
 
 
 def test_each_call_of_a_reused_module_has_its_own_record():

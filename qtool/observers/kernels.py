@@ -1,0 +1,177 @@
+"""Reductions over activations that cost a fraction of the layer that made them.
+
+torch's reductions differ in speed by a factor of fifty: those over an inner axis, or over an outer
+one whose inner length is a multiple of LANES, run on vectors; aminmax over an axis and var_mean do
+not. So tensors are first seen as rows, in whichever of two orders their memory has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Four vectors of eight floats: inner lengths that are no multiple of it fall back to scalars.
+LANES = 32
+# Elements that stay in a core's own cache between two operations on them.
+CACHED = 1 << 18
+# Columns in which sums are taken: float32 is exact enough for the few elements of one.
+WIDE = 1 << 12
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A chunk of activations as three axes, contiguous.
+
+    Args:
+        values: (N * S, R, C) if channels_last, else (N * S, C, R); S parts of each of N images, C channels.
+        channels_last: which of the two.
+        images: N.
+    """
+
+    values: Tensor
+    channels_last: bool
+    images: int
+
+    def groups(self, elements: int) -> list[Rows]:
+        """The same in groups of whole images of about so many elements, one image at least."""
+        parts = len(self.values) // self.images
+        each = self.values.numel() // self.images
+        together = max(1, elements // max(1, each))
+        pieces = torch.split(self.values, together * parts)
+        return [Rows(piece, self.channels_last, len(piece) // parts) for piece in pieces]
+
+
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """Smallest and largest values of a chunk, on the CPU.
+
+    Args:
+        image_min, image_max: (N,) float32.
+        channel_min, channel_max: (C,) float32.
+    """
+
+    image_min: Tensor
+    image_max: Tensor
+    channel_min: Tensor
+    channel_max: Tensor
+
+    @classmethod
+    def of_all(cls, parts: list[Extremes]) -> Extremes:
+        """Those of several groups of images together."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([p.image_min for p in parts]),
+            torch.cat([p.image_max for p in parts]),
+            torch.stack([p.channel_min for p in parts]).amin(0),
+            torch.stack([p.channel_max for p in parts]).amax(0),
+        )
+
+    def clamped(self, low: float, high: float) -> Extremes:
+        """Those of the values after a clamp to [low, high]."""
+        return Extremes(
+            self.image_min.clamp(low, high),
+            self.image_max.clamp(low, high),
+            self.channel_min.clamp(low, high),
+            self.channel_max.clamp(low, high),
+        )
+
+
+def as_rows(x: Tensor, images: int, batch_axis: int | None, channel_axis: int) -> Rows:
+    """See a tensor as rows, without copying where its memory allows.
+
+    Args:
+        x: any shape, float32.
+        images: how many are in x.
+        batch_axis: the axis that holds them, an image's parts next to each other; None: there is none.
+        channel_axis: the axis of channels; it is not batch_axis unless x has no other.
+
+    Raises:
+        ValueError: if x is empty.
+    """
+    if x.numel() == 0:
+        raise ValueError(f"an empty tensor of shape {tuple(x.shape)} has no statistics")
+    if batch_axis is None:
+        x, batch_axis, channel_axis, images = x.unsqueeze(0), 0, channel_axis + 1, 1
+    if x.dim() == 1:
+        return Rows(x.reshape(images, 1, -1), False, images)
+    if channel_axis >= x.dim():  # a scalar
+        return Rows(x.reshape(1, 1, 1), False, 1)
+    last = x.movedim((batch_axis, channel_axis), (0, -1))
+    parts, channels = last.shape[0], last.shape[-1]
+    first = x.movedim((batch_axis, channel_axis), (0, 1))
+    if last.is_contiguous() and last.dim() > 2 and not (first.is_contiguous() and first[0, 0].numel() == 1):
+        return Rows(last.reshape(parts, -1, channels), True, images)
+    return Rows(first.reshape(parts, channels, -1), False, images)
+
+
+def extremes(rows: Rows) -> Extremes:
+    """Smallest and largest value of each image and of each channel.
+
+    NaN in an image makes both of its values NaN.
+    """
+    x = rows.values
+    if rows.channels_last:
+        low, high = _outer(x, torch.amin), _outer(x, torch.amax)  # (N * S, C)
+    elif x.shape[2] == 1:
+        low = high = x[:, :, 0]
+    else:
+        low, high = x.amin(2), x.amax(2)
+    images = low.reshape(rows.images, -1).amin(1), high.reshape(rows.images, -1).amax(1)
+    return Extremes(*(v.cpu() for v in (*images, low.amin(0), high.amax(0))))
+
+
+def _outer(x: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Reduce axis 1 of (N, R, C), with several rows side by side where C alone is no full vector."""
+    n, r, c = x.shape
+    side = next((k for k in (1, 2, 4, 8, 16, 32) if k * c % LANES == 0), 1)
+    if side == 1 or r < 2 * side:
+        return reduce(x, 1)
+    whole = r // side * side
+    found = reduce(reduce(x[:, :whole].reshape(n, whole // side, side * c), 1).reshape(n, side, c), 1)
+    if whole < r:
+        found = reduce(torch.stack([found, reduce(x[:, whole:], 1)]), 0)
+    return found
+
+
+def mean_and_squares(x: Tensor) -> tuple[float, float]:
+    """Mean of all elements, and sum of their squared deviations from it.
+
+    Batch norm's own kernel gives mean and variance of each column in two passes over cached data. It adds
+    up in float32, so the elements are laid out as WIDE columns of few elements, which are put together
+    in float64.
+
+    Args:
+        x: (K,) float32, contiguous.
+    """
+    whole = len(x) // WIDE * WIDE
+    parts, weights, within = [x[whole:].double().cpu().numpy()], [1], 0.0
+    if whole:
+        columns = x[:whole].view(-1, 1, 1, WIDE).permute(0, 3, 1, 2)  # (rows, WIDE, 1, 1), channels last
+        means, variances = torch.ops.aten.batch_norm_update_stats(columns, None, None, 0.0)
+        parts.append(means.cpu().numpy().astype(np.float64))
+        weights.append(whole // WIDE)
+        within = weights[1] * float(variances.cpu().numpy().sum(dtype=np.float64))
+    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for what is not finite
+        mean = sum(w * float(p.sum()) for w, p in zip(weights, parts, strict=True)) / len(x)
+        between = sum(w * float(np.square(p - mean).sum()) for w, p in zip(weights, parts, strict=True))
+    return mean, within + between
+
+
+def sum_above(x: Tensor, pivot: float, scratch: Tensor) -> float:
+    """Sum of max(x - pivot, 0).
+
+    Args:
+        x: (K,) float32, contiguous.
+        pivot: units of x.
+        scratch: (CACHED,) float32, overwritten.
+    """
+    total = 0.0
+    for part in torch.split(x, CACHED):
+        out = torch.sub(part, pivot, out=scratch[: len(part)])
+        total += float(out.clamp_(min=0).sum())
+    return total

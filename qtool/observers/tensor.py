@@ -1,0 +1,210 @@
+"""The observer of one tensor: every statistic of it, in one pass over the images.
+
+Range, averages of the images' ranges, mean, standard deviation and mean absolute deviation are of
+all elements. The histogram is of a sample: of each chunk of images the same elements of every image, in
+blocks spread evenly over the tensor, at another offset in each chunk; tensors with up to SAMPLE elements
+an image are counted whole. Deviations are measured from a pivot, the mean of the first chunk, and
+moved to the final mean at the end: exactly for std, through the histogram for b.
+
+A chunk's part in each statistic depends on the chunk alone, so the images can come in any batches, and
+the chunks from any process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qtool.numerics.histogram import MAX_BINS, Histogram, bins_of_range
+from qtool.observers.kernels import Extremes, Rows, extremes, mean_and_squares, sum_above
+from qtool.observers.sums import TensorSums
+
+# Elements of each image that the histogram counts, and how many of them lie side by side.
+SAMPLE = 4096
+BLOCK = 16
+# Elements of which all is computed before the next are touched, so that they are read from memory once.
+TOGETHER = 1 << 20
+
+
+class NotFinite(ValueError):
+    """A tensor holds NaN or infinity; image is the number of the first image where it does."""
+
+    def __init__(self, image: int) -> None:
+        super().__init__("NaN or infinity")
+        self.image = image
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The few images that are going through the network together.
+
+    Args:
+        number: of the chunk, from 0.
+        first: number of its first image.
+        images: how many there are.
+    """
+
+    number: int
+    first: int
+    images: int
+
+
+@dataclass
+class TensorObserver:
+    """Gathers the sums of one tensor, chunk by chunk.
+
+    Args:
+        shape: of one image's part, for the record.
+        pivot: where deviations are measured from; None takes the mean of the first chunk to come.
+        latest: number and extremes of the chunk that came last.
+    """
+
+    shape: tuple[int, ...]
+    pivot: float | None = None
+    latest: tuple[int, Extremes] | None = None
+    _numel: int = 0
+    _images: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    _channel_min: Tensor | None = None
+    _channel_max: Tensor | None = None
+    _chunks: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)
+    _counts: RunningHistogram = field(default_factory=lambda: RunningHistogram())
+
+    def update(self, rows: Rows, chunk: Chunk, scratch: Tensor, known: Extremes | None = None) -> None:
+        """Take in a chunk.
+
+        Args:
+            rows: its values, float32; those of each image, or a single row of a tensor without images.
+            chunk: which images these are.
+            scratch: (CACHED,) float32, overwritten.
+            known: the extremes, where they follow from those of another tensor.
+
+        Raises:
+            NotFinite: if it holds NaN or infinity.
+        """
+        x = rows.values
+        first = chunk.first if rows.images == chunk.images else chunk.number
+        sums = np.zeros(3)
+        found = []
+        for part in rows.groups(TOGETHER):
+            found.append(extremes(part) if known is None else known)
+            sums += self._deviations(part.values.reshape(-1), found[-1], first, scratch)
+        whole = known or Extremes.of_all(found)
+        self._numel += x.numel()
+        self._note_images(chunk.number, first, whole, sums)
+        self._note_channels(whole)
+        self.latest = (chunk.number, whole)
+        self._counts.update(_sample(x.reshape(rows.images, -1), chunk.number), whole)
+
+    def _deviations(
+        self, x: Tensor, found: Extremes, first: int, scratch: Tensor
+    ) -> tuple[float, float, float]:
+        """Sums of x - pivot, of its square, and of its positive part; x is (K,)."""
+        mean, squares = mean_and_squares(x)
+        if not math.isfinite(squares):
+            _refuse_infinite(found, first)
+            mean, squares = _in_float64(x)
+        if self.pivot is None:
+            self.pivot = mean
+        shift = mean - self.pivot
+        return len(x) * shift, squares + len(x) * shift**2, sum_above(x, self.pivot, scratch)
+
+    def _note_images(self, number: int, first: int, found: Extremes, sums: NDArray[np.float64]) -> None:
+        low, high = found.image_min, found.image_max
+        if self._chunks and self._chunks[-1][0] == number:  # the layer was called again, as in a loop
+            _, earlier_low, earlier_high = self._images.pop()
+            low, high = torch.minimum(low, earlier_low), torch.maximum(high, earlier_high)
+            sums = sums + self._chunks.pop()[1]
+        self._images.append((first, low, high))
+        self._chunks.append((number, sums))
+
+    def _note_channels(self, found: Extremes) -> None:
+        if self._channel_min is None or self._channel_max is None:
+            self._channel_min, self._channel_max = found.channel_min.clone(), found.channel_max.clone()
+        else:
+            torch.minimum(self._channel_min, found.channel_min, out=self._channel_min)
+            torch.maximum(self._channel_max, found.channel_max, out=self._channel_max)
+
+    def sums(self) -> TensorSums | None:
+        """What has come so far, or None if nothing has."""
+        if self.pivot is None or self._channel_min is None or self._channel_max is None:
+            return None
+        deviation, squares, above = np.array([sums for _, sums in self._chunks]).T
+        return TensorSums(
+            shape=self.shape,
+            numel=self._numel,
+            images=np.concatenate([first + np.arange(len(low)) for first, low, _ in self._images]),
+            image_min=torch.cat([low for _, low, _ in self._images]).numpy(),
+            image_max=torch.cat([high for _, _, high in self._images]).numpy(),
+            channel_min=self._channel_min.numpy(),
+            channel_max=self._channel_max.numpy(),
+            pivot=self.pivot,
+            chunks=np.array([number for number, _ in self._chunks]),
+            deviation=deviation,
+            squares=squares,
+            above=above,
+            histogram=self._counts.histogram(),
+        )
+
+
+class RunningHistogram:
+    """A histogram that grows in place; its bins are wide enough for all elements, counted or not."""
+
+    def __init__(self) -> None:
+        self._low, self._high = math.inf, -math.inf
+        self._exponent, self._first = 0, 0
+        self._counts = torch.zeros(0, dtype=torch.int64)
+
+    def update(self, x: Tensor, found: Extremes) -> None:
+        """Count the values of x, (K,) float32, a part of a chunk with the extremes found."""
+        low, high = float(found.channel_min.min()), float(found.channel_max.max())
+        if low < self._low or high > self._high:
+            self._widen(low, high)
+        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().to(torch.int64).sub_(self._first)
+        self._counts += torch.bincount(index, minlength=len(self._counts)).cpu()
+
+    def _widen(self, low: float, high: float) -> None:
+        before = self.histogram() if len(self._counts) else None
+        self._low, self._high = min(low, self._low), max(high, self._high)
+        self._exponent, self._first, last = bins_of_range(self._low, self._high)
+        self._counts = torch.zeros(min(last - self._first + 1, MAX_BINS), dtype=torch.int64)
+        if before is not None and before.total:
+            old = before.coarsened(self._exponent)
+            start = old.first - self._first
+            self._counts[start : start + len(old.counts)] = torch.from_numpy(old.counts)
+
+    def histogram(self) -> Histogram:
+        """The counts so far, without empty bins at the ends."""
+        counts = self._counts.numpy()
+        filled = np.flatnonzero(counts)
+        first, last = int(filled[0]), int(filled[-1])
+        return Histogram(self._exponent, self._first + first, counts[first : last + 1].copy())
+
+
+def _sample(x: Tensor, number: int) -> Tensor:
+    """The elements of a chunk that are counted: (N, K) to (samples,)."""
+    blocks = x.shape[1] // BLOCK
+    if x.shape[1] <= SAMPLE:
+        return x.reshape(-1)
+    wanted = SAMPLE // BLOCK
+    stride = blocks // wanted
+    # An odd step through the offsets meets each of them before any comes again, if stride is a power of 2.
+    offset = number * 7919 % stride
+    return x[:, : blocks * BLOCK].view(len(x), blocks, BLOCK)[:, offset::stride][:, :wanted].reshape(-1)
+
+
+def _refuse_infinite(found: Extremes, first: int) -> None:
+    finite = torch.isfinite(found.image_min) & torch.isfinite(found.image_max)
+    if not bool(finite.all()):
+        raise NotFinite(first + int((~finite).nonzero()[0]))
+
+
+def _in_float64(x: Tensor) -> tuple[float, float]:
+    """Mean and squared deviations of values whose squares are beyond float32."""
+    wide = x.double()
+    mean = wide.mean()
+    return float(mean), float((wide - mean).square_().sum())

@@ -1,0 +1,85 @@
+"""Fast reductions against plain ones, in every layout."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.observers.kernels import CACHED, WIDE, as_rows, extremes, mean_and_squares, sum_above
+
+shapes = st.lists(st.integers(1, 40), min_size=2, max_size=4)
+
+
+@given(shapes, st.integers(0, 100), st.data())
+def test_extremes_are_those_of_images_and_channels(shape, seed, data):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    batch = data.draw(st.integers(0, len(shape) - 1))
+    channel = data.draw(st.integers(0, len(shape) - 1).filter(lambda axis: axis != batch))
+    if len(shape) == 4 and data.draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    found = extremes(as_rows(x, shape[batch], batch, channel))
+    by_image, by_channel = x.movedim(batch, 0).flatten(1), x.movedim(channel, 0).flatten(1)
+    assert torch.equal(found.image_min, by_image.amin(1))
+    assert torch.equal(found.image_max, by_image.amax(1))
+    assert torch.equal(found.channel_min, by_channel.amin(1))
+    assert torch.equal(found.channel_max, by_channel.amax(1))
+
+
+@pytest.mark.parametrize("channels", [3, 16, 24, 33, 64])
+def test_rows_that_do_not_fill_a_vector_are_reduced_too(channels):
+    x = torch.randn(2, channels, 13, 11, generator=torch.Generator().manual_seed(0))
+    rows = as_rows(x.contiguous(memory_format=torch.channels_last), 2, 0, 1)
+    assert rows.channels_last
+    assert torch.equal(extremes(rows).channel_max, x.amax((0, 2, 3)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_windows_belong_to_their_image(layout):
+    windows = torch.randn(2 * 4, 6, 5, 5).contiguous(memory_format=layout)
+    found = extremes(as_rows(windows, 2, 0, 1))
+    assert torch.equal(found.image_max, windows.reshape(2, -1).amax(1))
+    assert torch.equal(found.channel_max, windows.amax((0, 2, 3)))
+
+
+def test_a_tensor_without_images_is_one_row():
+    x = torch.randn(3, 4)
+    found = extremes(as_rows(x, 7, None, 1))
+    assert found.image_min.tolist() == [float(x.min())]
+    assert torch.equal(found.channel_min, x.amin(0))
+
+
+def test_a_scalar_and_a_vector_have_extremes():
+    assert extremes(as_rows(torch.tensor(2.0), 3, None, 0)).image_max.tolist() == [2.0]
+    assert extremes(as_rows(torch.tensor([1.0, 5.0]), 2, 0, 0)).image_max.tolist() == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nan_in_an_image_shows_in_its_extremes(channels_last):
+    x = torch.zeros(3, 32, 4, 4)
+    x[1, 2, 3, 0] = torch.nan
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert extremes(as_rows(x, 3, 0, 1)).image_max.isnan().tolist() == [False, True, False]
+
+
+def test_groups_hold_whole_images():
+    x = torch.arange(5 * 2 * 3 * 4.0).reshape(10, 3, 4)
+    groups = as_rows(x, 5, 0, 2).groups(2 * 24)
+    assert [g.images for g in groups] == [2, 2, 1]
+    assert torch.equal(torch.cat([g.values for g in groups]).flatten(), x.flatten())
+
+
+@pytest.mark.parametrize("count", [1, 100, WIDE, 3 * WIDE + 17, 2**20])
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_mean_and_squares_are_those_of_float64(count, shift):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) + shift
+    mean, squares = mean_and_squares(x)
+    wide = x.double()
+    assert mean == pytest.approx(float(wide.mean()), abs=1e-6 * (1 + shift))
+    assert squares == pytest.approx(float((wide - wide.mean()).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 100, CACHED, 2 * CACHED + 3])
+def test_sum_above_is_that_of_float64(count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    found = sum_above(x, 0.25, torch.empty(CACHED))
+    assert found == pytest.approx(float((x.double() - 0.25).clamp(min=0).sum()), rel=1e-6, abs=1e-6)
