@@ -146,6 +146,21 @@ def test_all_patterns_without_match_are_reported_together():
             {"clip_activations": "gauss", "overrides": {"fc": {"bits_activations": 16}}},
             "overrides.fc: --qe-clip-acts gauss: has published constants for up to 8 bits, found 16",
         ),
+        (
+            {"scale_approx_everywhere": True},
+            "--qe-scale-approx-everywhere: has no effect on exact scales; add --qe-scale-approx-bits",
+        ),
+        (
+            {
+                "scale_approx_bits": 8,
+                "overrides": {"fc": {"scale_approx_bits": None, "scale_approx_everywhere": True}},
+            },
+            "overrides.fc: --qe-scale-approx-everywhere: has no effect",
+        ),
+        (
+            {"mode_activations": "asym_u", "symmetric_unsigned": True},
+            "--qe-sym-unsigned: has no effect on asymmetric or float activations; choose mode sym",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -162,7 +177,36 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
         {"clip_n_stds": 2.0, "overrides": {"fc": {"clip_activations": "n_std"}}},
         {"clip_activations": "laplace", "bits_activations": 8, "bits_weights": 16},
         {"bits_accum": 8},
+        {"scale_approx_everywhere": True, "overrides": {"fc": {"scale_approx_bits": 8}}},
+        {"mode": "asym_u", "symmetric_unsigned": True, "overrides": {"fc": {"mode_activations": "sym"}}},
+        {"clip_to_observed": True},  # a search may have found that nothing is clipped
     ],
 )
 def test_settings_that_fit_together_pass(settings):
     check(QuantizeConfig(**settings))
+
+
+@pytest.mark.parametrize("key", ["clip_to_observed", "symmetric_unsigned", "scale_approx_everywhere"])
+def test_a_switch_of_all_layers_can_be_turned_off_for_one(key):
+    """D9, D10, D13: for all layers, and by override."""
+    config = QuantizeConfig(**{key: True}, scale_approx_bits=8, overrides={"fc": {key: False}})
+    specs = layer_specs(config, ["conv1", "fc"])
+    found = {
+        name: spec.clip.to_observed if key == "clip_to_observed" else getattr(spec, key)
+        for name, spec in specs.items()
+    }
+    assert found == {"conv1": True, "fc": False}
+
+
+def test_d9_clipping_of_weights_and_of_one_input_stay_within_the_observed_values_too():
+    inputs = {0: {"clip_activations": "gauss"}, 1: {"clip_activations": "gauss", "clip_to_observed": False}}
+    config = QuantizeConfig(
+        clip_activations="laplace",
+        clip_to_observed=True,
+        also_clip_weights=True,
+        overrides={"add": {"input_overrides": inputs}},
+    )
+    spec = layer_specs(config, ["add"])["add"]
+    assert spec.weight_clip == ClipSpec("laplace", to_observed=True)
+    assert spec.inputs[0].clip == ClipSpec("gauss", to_observed=True)
+    assert spec.inputs[1].clip == ClipSpec("gauss")

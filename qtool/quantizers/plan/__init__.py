@@ -1,9 +1,10 @@
 """Decide, layer by layer, how a network is quantized: specs and statistics -> LayerPlans."""
 
+from qtool.quantizers.plan.asked import asked_of_inputs, asked_of_output, find_never_negative
+from qtool.quantizers.plan.dynamic import plan_dynamic
 from qtool.quantizers.plan.kinds import (
     INTEGER_OPS,
     WEIGHTED,
-    asked_of_inputs,
     beyond_float32,
     computes_only_tensors,
     layer_kind,
@@ -44,10 +45,13 @@ __all__ = [
     "LayerPlan",
     "ModelPlan",
     "asked_of_inputs",
+    "asked_of_output",
     "beyond_float32",
     "computes_only_tensors",
+    "find_never_negative",
     "layer_kind",
     "output_ranges",
+    "plan_dynamic",
     "plan_model",
     "quantizes_output",
 ]

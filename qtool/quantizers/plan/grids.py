@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,9 @@ from qtool.errors import ConfigError, StatsError
 from qtool.graph.neighbours import FUSIBLE
 from qtool.numerics.affine import qparams_from_range
 from qtool.numerics.clipping import choose_range
-from qtool.numerics.spec import ClipSpec, InputSpec, LayerSpec, QParams, QuantSpec
+from qtool.numerics.spec import ACIQ_MODES, ClipSpec, InputSpec, LayerSpec, QParams, QuantSpec
 from qtool.observers.stats import ActivationStats, ModelStats
+from qtool.quantizers.plan.asked import asked_of_output
 
 
 class Grids:
@@ -22,11 +23,15 @@ class Grids:
     Args:
         stats: of the network, edited for what follows each layer.
         fused: the activations that layers take over, by layer.
+        never_negative: from asked.find_never_negative.
     """
 
-    def __init__(self, stats: ModelStats, fused: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(
+        self, stats: ModelStats, fused: Mapping[str, tuple[str, str]], never_negative: Set[fx.Node]
+    ) -> None:
         self.stats = stats
         self.fused = fused
+        self.never_negative = never_negative
 
     def of_input(self, name: str, index: int, asked: InputSpec, spec: LayerSpec) -> QParams:
         """The grid of an input that arrives in float, from this layer's own record of it."""
@@ -36,9 +41,9 @@ class Grids:
 
     def of_output(self, name: str, node: fx.Node, spec: LayerSpec) -> QParams:
         """The grid of a layer's output."""
-        assert spec.output is not None
         x_min, x_max = self.output_range(name, node, spec)
-        return self._qparams(f"the output of layer {name!r}", x_min, x_max, spec.output, spec)
+        grid = asked_of_output(node, spec, self.never_negative)
+        return self._qparams(f"the output of layer {name!r}", x_min, x_max, grid, spec)
 
     def _qparams(self, what: str, x_min: Tensor, x_max: Tensor, grid: QuantSpec, spec: LayerSpec) -> QParams:
         try:
@@ -48,7 +53,6 @@ class Grids:
 
     def output_range(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         """The range of a layer's output: the one asked for, or one from the edited statistics."""
-        assert spec.output is not None
         if spec.output_range is not None:
             x_min, x_max = (torch.tensor(float(v)) for v in spec.output_range)
             return x_min, x_max
@@ -57,11 +61,12 @@ class Grids:
             clip = replace(clip, half_range=True)
         elif node.meta["op"] in FUSIBLE:
             clip = replace(clip, half_range=True)
-            if clip.mode in ("gauss", "laplace"):
+            if clip.mode in ACIQ_MODES:
                 # The distribution that ACIQ's half range describes is the one in front of the ReLU.
                 before = self.stats.input(name, 0)
                 record = replace(record, mean=before.mean, std=before.std, b=before.b)
-        return self._range(f"the output of layer {name!r}", record, spec.output, clip)
+        grid = asked_of_output(node, spec, self.never_negative)
+        return self._range(f"the output of layer {name!r}", record, grid, clip)
 
     def _range(
         self, what: str, record: ActivationStats, grid: QuantSpec, clip: ClipSpec

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 from torch import fx
 
-from qtool.errors import ConfigError
 from qtool.graph import ops
-from qtool.graph.trace import is_mask, tensor_inputs
-from qtool.numerics.spec import InputSpec, LayerSpec, QuantSpec
+from qtool.graph.trace import tensor_inputs
+from qtool.numerics.spec import LayerSpec, QuantSpec
 from qtool.quantizers.plan.records import (
     CAST,
     EMBEDDING,
@@ -90,44 +86,3 @@ def computes_only_tensors(node: fx.Node) -> bool:
     elif node.kwargs:
         return False
     return len(tensors) >= 2 and list(combined) == tensors
-
-
-def asked_of_inputs(
-    name: str, node: fx.Node, spec: LayerSpec, on_grid: Sequence[bool]
-) -> tuple[InputSpec | None, ...]:
-    """What is asked of each input that arrives in float; None for one on a grid, and for a mask.
-
-    Args:
-        name, node: the layer.
-        spec: what is asked of it; it has an output grid.
-        on_grid: for each tensor input, whether the layer in front of it has put it on a grid.
-
-    Raises:
-        ConfigError: if an input has an entry of its own and no use for it, or needs one and has none.
-    """
-    assert spec.output is not None
-    beyond = [i for i in spec.inputs if i >= len(on_grid)]
-    if beyond:
-        raise ConfigError(
-            f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(on_grid)} inputs, counted from 0"
-        )
-    # What the output's clamp cuts off says nothing about the input: full range here.
-    default = InputSpec(spec.output, replace(spec.clip, half_range=False))
-    found: list[InputSpec | None] = []
-    for index, arrives_on_grid in enumerate(on_grid):
-        what = f"input {index} of layer {name!r}"
-        if is_mask(node, index):
-            found.append(None)
-        elif arrives_on_grid and index in spec.inputs:
-            raise ConfigError(
-                f"{what}: arrives quantized by the layer in front of it, and has an entry in "
-                "input_overrides; remove that, or leave the layer in front in float"
-            )
-        elif not arrives_on_grid and index not in spec.inputs and not spec.input_fallback:
-            raise ConfigError(
-                f"{what}: arrives in float; quantize the layer in front of it, give the input an entry in "
-                "input_overrides, or set inputs_quant_auto_fallback to true"
-            )
-        else:
-            found.append(None if arrives_on_grid else spec.inputs.get(index, default))
-    return tuple(found)

@@ -19,14 +19,9 @@ from qtool.numerics.affine import approximate_multiplier
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers.modules import exact_ratio
+from qtool.quantizers.plan.asked import asked_of_inputs, find_never_negative
 from qtool.quantizers.plan.grids import Grids
-from qtool.quantizers.plan.kinds import (
-    WEIGHTED,
-    asked_of_inputs,
-    beyond_float32,
-    layer_kind,
-    quantizes_output,
-)
+from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind, quantizes_output
 from qtool.quantizers.plan.records import (
     CAST,
     EMBEDDING,
@@ -89,7 +84,8 @@ class _Planner:
         self.identities |= {n for n, node, _ in layers(traced) if self._is_left_out(n, node)}
         # A layer that becomes part of the one in front of it gives that one's values.
         self.stats = edit_stats(traced, stats, quantized)
-        self.chosen = Grids(self.stats, self.fused)
+        self.never_negative = find_never_negative(traced, specs, quantized, self.fused)
+        self.chosen = Grids(self.stats, self.fused, self.never_negative)
         self.grids: dict[fx.Node, QParams | None] = {}
         self.plans: dict[str, LayerPlan] = {}
 
@@ -181,7 +177,8 @@ class _Planner:
         # Its output is rows of the table: what calibration saw of it says which values matter.
         record = self.stats.layers[name].output if name in self.stats.layers else None
         seen = None if record is None else (record.min, record.max)
-        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None), seen)
+        asked = replace(spec, weight_range=seen, weight_clip=None, weight_range_factors=None)
+        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None), asked)
         kept = output_channels_first(module).clone() if spec.keep_float_weight else None
         return LayerPlan(
             EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q, float_weight=kept
@@ -194,6 +191,8 @@ class _Planner:
         for grid in grids:
             assert grid is not None
             accum_scale = accum_scale * grid.scale.double()
+        if spec.everywhere_bits is not None:
+            accum_scale = 1 / approximate_multiplier(exact_ratio(1 / accum_scale), spec.everywhere_bits)
         return LayerPlan(
             INTEGER,
             node.meta["op"],
@@ -203,6 +202,7 @@ class _Planner:
             accum_scale=accum_scale,
             accum_bits=max(OP_ACCUM_BITS, spec.accum_bits),
             scale_approx_bits=spec.scale_approx_bits,
+            everywhere_bits=spec.everywhere_bits,
         )
 
     def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:
@@ -223,8 +223,7 @@ class _Planner:
 
     def _weight(self, name: str, module: nn.Module, spec: LayerSpec) -> tuple[QParams, Tensor]:
         assert spec.weight is not None
-        given = (spec.weight_range, spec.weight_clip, spec.weight_range_factors)
-        return quantize_weight(name, module, spec.weight, *given)
+        return quantize_weight(name, module, spec.weight, spec)
 
     def _activation(self, name: str) -> str | None:
         if name in self.fused:
@@ -235,7 +234,8 @@ class _Planner:
 
     def _fresh_inputs(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[QParams | None, ...]:
         """Grids for the inputs that arrive in float, from this layer's own records of them."""
-        asked = asked_of_inputs(name, node, spec, [self.grids[s] is not None for s in tensor_inputs(node)])
+        on_grid = [self.grids[s] is not None for s in tensor_inputs(node)]
+        asked = asked_of_inputs(name, node, spec, on_grid, self.never_negative)
         return tuple(
             None if one is None else self.chosen.of_input(name, index, one, spec)
             for index, one in enumerate(asked)

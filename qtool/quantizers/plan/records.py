@@ -66,6 +66,7 @@ class LayerPlan:
         accum_bits: width of the accumulator.
         accum_float64: whether the simulation accumulates in float64.
         scale_approx_bits: of the requantization ratio.
+        everywhere_bits: of the scales that Distiller leaves exact, see LayerSpec.
         dynamic: what is asked of tensors whose grid is found at run time.
         float_bits: width of the float type that the operation runs in, None for float32.
         float_weight: the float weight, output channels first, where it was to be kept.
@@ -86,6 +87,7 @@ class LayerPlan:
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
+    everywhere_bits: int | None = None
     dynamic: DynamicSpec | None = None
     float_bits: int | None = None
     float_weight: Tensor | None = None
