@@ -57,6 +57,10 @@ def check(config: QuantizeConfig) -> None:
         raise ConfigError("--qe-dynamic: takes no --qe-stats-file; its ranges are those of each batch")
     if config.per_sample and not config.dynamic:
         raise ConfigError("--per-sample: has an effect with --qe-dynamic only; add that, or leave it out")
+    if config.stats_as_is and config.stats_file is None:
+        raise ConfigError(
+            "--qe-stats-as-is: has an effect with --qe-stats-file only; add that, or leave it out"
+        )
     variants = [("", config)]
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:

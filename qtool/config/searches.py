@@ -78,7 +78,14 @@ def with_settings_of_layers(
         for name in names
         if name in own or name in found
     }
-    return replace(config, overrides=overrides, clip_activations="none", clip_n_stds=None, stats_file=None)
+    return replace(
+        config,
+        overrides=overrides,
+        clip_activations="none",
+        clip_n_stds=None,
+        stats_file=None,
+        stats_as_is=False,
+    )
 
 
 def _without_clipping(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -237,6 +237,12 @@ class QuantizeConfig:
     stats_file: Path | None = option(
         None, FILE, "Activation statistics from an earlier calibration.", "--qe-stats-file"
     )
+    stats_as_is: bool = option(
+        False,
+        click.BOOL,
+        "Use --qe-stats-file though its images were preprocessed in another way, or the weights were others.",
+        "--qe-stats-as-is",
+    )
     dynamic: bool = option(
         False, click.BOOL, "Take the range of activations from each batch that passes.", "--qe-dynamic"
     )

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from qtool.errors import StatsError
 from qtool.graph import ops
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
+from qtool.graph.unbounded import is_unbounded
 from qtool.observers.moments import MomentsObserver
 from qtool.observers.stats import LayerStats, ModelStats
 
@@ -55,7 +56,11 @@ def observe(traced: fx.GraphModule) -> Iterator[Observation]:
     """
     observers: dict[fx.Node, MomentsObserver] = {}
     handles: list[RemovableHandle] = []
-    produced = {node for _, node, _ in layers(traced) if ops.is_float_tensor(node.meta["value"])}
+    produced = {
+        node
+        for _, node, _ in layers(traced)
+        if ops.is_float_tensor(node.meta["value"]) and not is_unbounded(node)
+    }
     try:
         for name, node, module in layers(traced):
             fresh = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
+from qtool.graph.fingerprint import check_network, fingerprint
 from qtool.graph.observe import observe
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
@@ -66,7 +68,7 @@ def calibrate(
                 observation.start_second_pass()
             for images, _ in _batches(batches, transform, progress and f"calibrating, pass {number} of 2"):
                 traced(images.to(device))
-        return observation.stats()
+        return replace(observation.stats(), fingerprint=fingerprint(traced))
 
 
 def quantize(
@@ -85,7 +87,7 @@ def quantize(
 
     Raises:
         ConfigError: if a setting cannot be honoured.
-        StatsError: if a record that is needed is missing.
+        StatsError: if a record that is needed is missing, or if they were measured on another network.
         ModelError: if the network cannot be traced.
     """
     config = config or QuantizeConfig()
@@ -96,6 +98,8 @@ def quantize(
             f"found dynamic = {config.dynamic} with {'no' if stats is None else 'some'} statistics"
         )
     traced = _as_traced(model) or trace(model, _example_for(stats, example))
+    if stats is not None:
+        check_network(stats, traced)
     return quantize_graph(traced, stats, specs_for(traced, config), config.per_sample)
 
 

@@ -6,6 +6,7 @@ from torch import fx
 
 from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
+from qtool.graph.unbounded import is_unbounded
 from qtool.numerics.spec import LayerSpec, QuantSpec
 from qtool.quantizers.plan.records import (
     CAST,
@@ -19,6 +20,8 @@ from qtool.quantizers.plan.records import (
 )
 
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
+MASK = "its values can be infinite, as those of a mask"
+READS_MASK = "it reads values that can be infinite, as those of a mask"
 # Operations that compute on the integers of all their inputs.
 INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul", "einsum"})
 
@@ -48,8 +51,13 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
         return FLOAT, NOT_ASKED
     if not ops.is_float_tensor(node.meta["value"]):
         return FLOAT, "gives several tensors"
+    if is_unbounded(node):
+        return FLOAT, MASK
     if op == "embedding":
         return (FLOAT, NOT_ASKED) if spec.weight is None else (EMBEDDING, "")
+    reads_mask = any(is_unbounded(source) for source in tensor_inputs(node))
+    if reads_mask and op in WEIGHTED | INTEGER_OPS:
+        return FLOAT, READS_MASK
     if op in WEIGHTED and spec.weight is not None:
         return (WEIGHTS_ONLY if spec.output is None else INTEGER), ""
     if spec.output is None:
