@@ -213,3 +213,13 @@ def test_log_holds_the_messages_and_how_the_run_ended(run_cli, tmp_path):
     (log,) = Path("logs").glob("failed*/*.log")
     assert "INFO network: digits_resnet" in log.read_text()
     assert f"ended by StatsError: {stats}: no entry for" in log.read_text()
+
+
+def test_e11_layer_parameters_hold_every_bit_width_and_scale_once(quantized):
+    """Distiller's file had null for the bits of weights, no scales per channel, and all statistics again."""
+    text = (quantized / PARAMS).read_text()
+    conv1 = yaml.safe_load(text)["conv1"]
+    assert (conv1["bits_weights"], conv1["bits_activations"], conv1["bits_accum"]) == (8, 8, 32)
+    assert len(conv1["weight"]["scale"]) == len(conv1["weight"]["zero_point"]) == 16
+    assert conv1["output"]["scale"] > 0
+    assert "&id" not in text and "total_numel" not in text

@@ -25,6 +25,7 @@ def test_every_layer_gets_what_no_override_names():
 
 
 def test_first_override_that_matches_wins_whole():
+    """E3: precedence, see test_a_name_wins_over_an_earlier_pattern too."""
     config = QuantizeConfig(
         overrides={"layer1.*": {"bits_weights": 4}, ".*conv1": {"bits_weights": 6, "mode": "asym_u"}}
     )
@@ -38,11 +39,13 @@ def test_a_name_wins_over_an_earlier_pattern():
 
 
 def test_pattern_matches_the_whole_name():
+    """E3: alternatives escaped the anchors."""
     assert weight_bits(QuantizeConfig(overrides={"conv1": {"bits_weights": 4}})) == [4, 8, 8, 8, 8]
     assert weight_bits(QuantizeConfig(overrides={"con|fc": {"bits_weights": 4}})) == [8, 8, 8, 8, 4]
 
 
 def test_groups_of_one_pattern_do_not_disturb_the_next():
+    """E3: groups shifted the number of the pattern."""
     config = QuantizeConfig(overrides={"(con)(v)1": {"bits_weights": 3}, "fc": {"bits_weights": 4}})
     assert weight_bits(config) == [3, 8, 8, 8, 4]
 
@@ -103,6 +106,7 @@ def test_name_that_is_no_valid_expression_matches_itself():
     ],
 )
 def test_pattern_without_match_is_refused_with_the_nearest_names(pattern, message):
+    """E2: patterns without a match were ignored."""
     with pytest.raises(ConfigError) as caught:
         matching(pattern, NAMES)
     assert str(caught.value).startswith(message)
@@ -210,3 +214,11 @@ def test_d9_clipping_of_weights_and_of_one_input_stay_within_the_observed_values
     assert spec.weight_clip == ClipSpec("laplace", to_observed=True)
     assert spec.inputs[0].clip == ClipSpec("gauss", to_observed=True)
     assert spec.inputs[1].clip == ClipSpec("gauss")
+
+
+def test_d16_module_is_part_of_a_name_unless_it_comes_first():
+    """Distiller took "module." out of the middle of a name, so that no pattern matched it."""
+    names = ["submodule.conv", "module.fc", "subconv"]
+    assert matching("submodule.conv", names) == matching(r"submodule\..*", names) == ["submodule.conv"]
+    config = QuantizeConfig(overrides={"subconv": {"bits_weights": 4}})
+    assert layer_specs(config, names)["submodule.conv"].weight.num_bits == 8

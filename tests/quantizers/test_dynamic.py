@@ -263,6 +263,7 @@ def test_kinds_of_layers_and_their_fused_relus(net, batch, dynamic):
 
 
 def test_relu6_caps_though_there_are_no_statistics(net, batch, dynamic):
+    """D14: only statistics held the cap of 6."""
     found = run(dynamic(net, batch), batch)["conv2"]
     top = float(found.centered.max() * found.scale)
     assert F.relu(net.conv2(F.relu(net.conv1(batch)))).max() > 12
@@ -377,6 +378,7 @@ def test_per_sample_is_for_dynamic_mode_only(net, batch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("clip", ["avg", "n_std", "gauss", "laplace"])
 def test_every_clip_mode_works_on_a_relu_of_its_own(clip, mode, batch, dynamic):
+    """E6: gauss and laplace ended in a TypeError here."""
     net = nn.Sequential(nn.ReLU())
     settings = {"mode": mode, "clip_activations": clip, "clip_n_stds": 2 if clip == "n_std" else None}
     model = dynamic(net, batch, **settings)
@@ -388,6 +390,7 @@ def test_every_clip_mode_works_on_a_relu_of_its_own(clip, mode, batch, dynamic):
 
 
 def test_input_in_channels_last_gives_the_same(net, batch, dynamic):
+    """D21: avg and per-channel ranges failed on a strided view."""
     for clip in ("none", "avg"):
         model = dynamic(net, batch, clip_activations=clip, per_channel_weights=True)
         turned = batch.contiguous(memory_format=torch.channels_last)
@@ -399,6 +402,7 @@ def test_input_in_channels_last_gives_the_same(net, batch, dynamic):
 
 
 def test_sums_of_wide_integers_are_exact(dynamic):
+    """D12: float32 sums are inexact above 2^24."""
     generator = torch.Generator().manual_seed(5)
     net = nn.Sequential(nn.Linear(4000, 3, bias=False)).eval().requires_grad_(False)
     net[0].weight.copy_(torch.rand(3, 4000, generator=generator))
