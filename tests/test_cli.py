@@ -170,3 +170,10 @@ def test_file_name_that_stdout_cannot_show_is_escaped(tmp_path):
     assert "Traceback" not in done.stderr
     (log,) = folder.glob("*/*.log")
     assert "l\\udcffgs/" in log.read_text(encoding="utf-8")
+
+
+def test_d10_layers_shows_where_grids_are_unsigned(run_cli):
+    lines = run_cli("layers", "--qe-sym-unsigned").stdout.splitlines()
+    shown = {line.split()[0]: line for line in lines if "output" in line}
+    assert "output 8-bit sym_u" in shown["conv1"]  # a ReLU follows
+    assert "output 8-bit sym " in shown["fc"] + " "

@@ -82,6 +82,7 @@ def settings(folder: Path) -> dict:
 
 @pytest.mark.parametrize("flags", [("--evaluate", "--quantize-eval"), ("-e", "--qe"), ()])
 def test_the_flags_that_ask_for_quantization_are_accepted(flags, quantize):
+    """E1: --qe without --evaluate started training."""
     record, folder, _ = quantize(*flags, "--calib-samples", "8")
     assert record["quantized"]["images"] == 26
     assert (folder / "quantized_checkpoint.pth.tar").exists()
@@ -133,6 +134,7 @@ def test_a_list_goes_on_to_the_next_option():
 
 
 def test_a_list_ends_at_data_that_is_there(chdir_tmp):
+    """E10: a list swallowed the data set."""
     (chdir_tmp / "images").mkdir()
     assert parsed("--qencl", "fc", "conv1", "images", "--qem", "sym") == {
         "no_clip_layers": ("fc", "conv1"),
@@ -200,6 +202,7 @@ def test_settings_of_the_working_directory_are_used_and_said(quantize, chdir_tmp
     ],
 )
 def test_a_flag_that_wins_over_the_file_is_said(text, args, message, run_cli, chdir_tmp):
+    """E7: flags beside a configuration file were ignored without a word."""
     (chdir_tmp / "c.yaml").write_text(text)
     log = run_cli("quantize", "-c", "c.yaml", *args, "--qe-dynamic", "--per-sample", "-a", "nothing").stderr
     assert [line for line in log.splitlines() if line.startswith(message)]

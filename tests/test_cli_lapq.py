@@ -209,3 +209,21 @@ def test_wrong_ranges_in_a_file_are_refused(run_cli, chdir_tmp, settings, messag
     result = run_cli("quantize", "-c", "a.yaml", *QUICK)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", [LAPQ, GREEDY])
+def test_e12_a_search_writes_into_the_folder_of_its_run_only(command, run_cli, chdir_tmp):
+    """Distiller's searches wrote to the working directory."""
+    options = ("--search-eval-size", "0.2", *(("--lapq-maxiter", "1") if command is LAPQ else ()))
+    assert run_cli(*command, *options).exit_code == 0
+    assert [path.name for path in chdir_tmp.iterdir()] == ["logs"]
+    assert len(list((chdir_tmp / "logs").iterdir())) == 1
+
+
+def test_e13_the_number_of_repetitions_is_a_number(run_cli):
+    """Distiller's came as text."""
+    context = main.commands["quantize"].make_context("quantize", ["--lapq-basinhopping-niter", "3"])
+    assert context.params["basinhopping_niter"] == 3
+    result = run_cli("quantize", "--qe-lapq", "--lapq-basinhopping", "--lapq-basinhopping-niter", "many")
+    assert result.exit_code == 2
+    assert "'many' is not a valid integer range" in result.stderr

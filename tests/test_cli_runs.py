@@ -56,7 +56,7 @@ def test_calibrate_needs_a_fraction_only(run_cli):
     assert "these are evaluation images: for an accuracy on unseen images" in result.stderr
     assert headline == "27 layers of digits_resnet on 26 of 537 images of digits test (seed 0)"
     stats = yaml.safe_load(Path(path).read_text())
-    assert len(stats) == 27
+    assert len(stats) == 1 + 27  # the header
     assert stats["conv1"]["inputs"][0]["total_numel"] == 26 * 64
 
 
@@ -175,6 +175,7 @@ def test_batch_size_changes_rounding_only(quantized, tmp_path):
     folder = run_folder(tmp_path, "calibrate", "--calib-samples", "16", "-b", "5", "-j", "0")
     other, reference = (yaml.safe_load((path / STATS).read_text()) for path in (folder, quantized))
     assert other.keys() == reference.keys()
+    assert other.pop(".qtool") == reference.pop(".qtool")
     for name, layer in reference.items():
         for field in ("min", "max", "avg_min", "avg_max", "mean", "std", "b"):
             # Convolutions of batches of another size add up in another order, in float32.
@@ -212,3 +213,13 @@ def test_log_holds_the_messages_and_how_the_run_ended(run_cli, tmp_path):
     (log,) = Path("logs").glob("failed*/*.log")
     assert "INFO network: digits_resnet" in log.read_text()
     assert f"ended by StatsError: {stats}: no entry for" in log.read_text()
+
+
+def test_e11_layer_parameters_hold_every_bit_width_and_scale_once(quantized):
+    """Distiller's file had null for the bits of weights, no scales per channel, and all statistics again."""
+    text = (quantized / PARAMS).read_text()
+    conv1 = yaml.safe_load(text)["conv1"]
+    assert (conv1["bits_weights"], conv1["bits_activations"], conv1["bits_accum"]) == (8, 8, 32)
+    assert len(conv1["weight"]["scale"]) == len(conv1["weight"]["zero_point"]) == 16
+    assert conv1["output"]["scale"] > 0
+    assert "&id" not in text and "total_numel" not in text

@@ -284,7 +284,8 @@ def _searched_weight(
     low, high = _around_zero(*range_of_tensor(weight, grid))
     factors = spec.weight_range_factors or (1.0, 1.0)
     if clip != "none" and grid.axis is None and grid.num_bits <= ACIQ_MAX_BITS:
-        clipped = _around_zero(*range_of_tensor(weight, grid, ClipSpec(clip)))
+        how = ClipSpec(clip, to_observed=spec.clip.to_observed)
+        clipped = _around_zero(*range_of_tensor(weight, grid, how))
         if grid.symmetric:
             factors = (_quotient(max(-clipped[0], clipped[1]), max(-low, high)),) * 2
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qtool.config.sections import QuantizeConfig
 from qtool.errors import ConfigError, nearest
-from qtool.numerics.spec import ACIQ_MAX_BITS, ClipSpec, InputSpec, LayerSpec, QuantSpec
+from qtool.numerics.spec import ACIQ_MAX_BITS, ACIQ_MODES, ClipSpec, InputSpec, LayerSpec, QuantSpec
 
 
 def split_patterns(values: Sequence[str]) -> list[str]:
@@ -57,6 +57,10 @@ def check(config: QuantizeConfig) -> None:
         raise ConfigError("--qe-dynamic: takes no --qe-stats-file; its ranges are those of each batch")
     if config.per_sample and not config.dynamic:
         raise ConfigError("--per-sample: has an effect with --qe-dynamic only; add that, or leave it out")
+    if config.stats_as_is and config.stats_file is None:
+        raise ConfigError(
+            "--qe-stats-as-is: has an effect with --qe-stats-file only; add that, or leave it out"
+        )
     variants = [("", config)]
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:
@@ -64,21 +68,47 @@ def check(config: QuantizeConfig) -> None:
     for where, settings in variants:
         for index, given in settings.input_overrides.items():
             _check_input(f"{where.removesuffix(': ')}.input_overrides.{index}: ", settings, given)
-    own = [(f"overrides.{p}: ", s["clip_n_stds"]) for p, s in config.overrides.items() if "clip_n_stds" in s]
-    for where, n_stds in [("", config.clip_n_stds), *own]:
-        users = [s for w, s in variants if not where or w == where]
-        if n_stds is not None and not any(s.clip_activations == "n_std" for s in users):
-            raise ConfigError(
-                f"{where}--qe-clip-n-stds: has no effect with clip mode {users[0].clip_activations}; "
-                "add '--qe-clip-acts n_std', or leave it out"
-            )
+    for key in MODIFIERS:
+        _check_effect(key, config, variants)
+
+
+# A setting that changes how another one works -> its flag, whether it has an effect, and why it has none.
+MODIFIERS: dict[str, tuple[str, Callable[[QuantizeConfig], bool], str]] = {
+    "clip_n_stds": (
+        "--qe-clip-n-stds",
+        lambda s: s.clip_activations == "n_std",
+        "with clip mode {clip_activations}; add '--qe-clip-acts n_std'",
+    ),
+    "scale_approx_everywhere": (
+        "--qe-scale-approx-everywhere",
+        lambda s: s.scale_approx_bits is not None,
+        "on exact scales; add --qe-scale-approx-bits",
+    ),
+    "symmetric_unsigned": (
+        "--qe-sym-unsigned",
+        lambda s: bool(s.bits_activations) and (s.mode_activations or s.mode).startswith("sym"),
+        "on asymmetric or float activations; choose mode sym or sym_restr for them",
+    ),
+}
+
+
+def _check_effect(key: str, config: QuantizeConfig, variants: Sequence[tuple[str, QuantizeConfig]]) -> None:
+    """Refuse a setting for all layers that has an effect on none, and one of an override that has none."""
+    flag, has_effect, why_none = MODIFIERS[key]
+    given = [("", getattr(config, key))]
+    given += [(f"overrides.{p}: ", s[key]) for p, s in config.overrides.items() if key in s]
+    for where, value in given:
+        users = [settings for place, settings in variants if not where or place == where]
+        if value not in (None, False) and not any(has_effect(settings) for settings in users):
+            reason = why_none.format_map(vars(users[0]))
+            raise ConfigError(f"{where}{flag}: has no effect {reason}, or leave it out")
 
 
 def _check_settings(where: str, settings: QuantizeConfig) -> None:
     clip = settings.clip_activations
     if clip == "n_std" and settings.clip_n_stds is None:
         raise ConfigError(f"{where}--qe-clip-acts n_std: needs --qe-clip-n-stds, such as 3")
-    if clip in ("gauss", "laplace") and settings.bits_activations > ACIQ_MAX_BITS:
+    if clip in ACIQ_MODES and settings.bits_activations > ACIQ_MAX_BITS:
         raise ConfigError(
             f"{where}--qe-clip-acts {clip}: has published constants for up to {ACIQ_MAX_BITS} bits, found "
             f"{settings.bits_activations}; choose another clip mode"
@@ -173,7 +203,12 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         return QuantSpec.from_mode(mode or settings.mode, bits, axis) if bits else None
 
     axis = 0 if settings.per_channel_weights else None
-    clip = ClipSpec(settings.clip_activations, settings.clip_n_stds, settings.clip_half_range)
+    clip = ClipSpec(
+        settings.clip_activations,
+        settings.clip_n_stds,
+        settings.clip_half_range,
+        settings.clip_to_observed,
+    )
     return LayerSpec(
         weight=grid(settings.mode_weights, settings.bits_weights, axis),
         output=grid(settings.mode_activations, settings.bits_activations),
@@ -191,6 +226,8 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         accum_bits=settings.bits_accum,
         accum_float64=settings.accum_dtype == "float64",
         scale_approx_bits=settings.scale_approx_bits,
+        scale_approx_everywhere=settings.scale_approx_everywhere,
+        symmetric_unsigned=settings.symmetric_unsigned,
     )
 
 
@@ -204,7 +241,8 @@ def _input_specs(settings: QuantizeConfig) -> dict[int, InputSpec]:
     for index, given in settings.input_overrides.items():
         own = _settings_of_input(settings, given)
         grid = QuantSpec.from_mode(own.mode_activations or own.mode, own.bits_activations)
-        found[index] = InputSpec(grid, ClipSpec(own.clip_activations, own.clip_n_stds))
+        clip = ClipSpec(own.clip_activations, own.clip_n_stds, to_observed=own.clip_to_observed)
+        found[index] = InputSpec(grid, clip)
     return found
 
 

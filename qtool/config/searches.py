@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,9 @@ from qtool.config.layers import own_settings
 from qtool.config.options import options_of
 from qtool.config.sections import Config, QuantizeConfig
 from qtool.errors import ConfigError
+from qtool.numerics.spec import ACIQ_MODES
+
+LOG = logging.getLogger("qtool")
 
 
 def check_search(config: Config, searches: bool) -> None:
@@ -24,6 +28,7 @@ def check_search(config: Config, searches: bool) -> None:
     """
     lapq = config.lapq
     if not searches and not lapq.enabled:
+        _note_clip_to_observed(config.quantizers)
         _refuse_given(config, ("lapq", "search"), "has an effect with --qe-lapq only; add that")
         return
     if searches:
@@ -37,6 +42,16 @@ def check_search(config: Config, searches: bool) -> None:
         raise ConfigError(
             "--lapq-basinhopping-niter: has an effect with --lapq-basinhopping only; add that too"
         )
+
+
+def _note_clip_to_observed(config: QuantizeConfig) -> None:
+    # No error: the file of a search keeps the setting, though it may clip no layer in that way.
+    variants = [config, *(replace(config, **settings) for settings in config.overrides.values())]
+    chosen = [v for v in variants if v.clip_to_observed]
+    of_inputs = [given.get("clip_activations") for v in chosen for given in v.input_overrides.values()]
+    modes = {v.clip_activations for v in chosen} | {*of_inputs}
+    if chosen and modes.isdisjoint(ACIQ_MODES):
+        LOG.warning("--qe-clip-to-observed: has no effect, as no range is chosen by gauss or laplace")
 
 
 def _refuse_given(config: Config, sections: Sequence[str], reason: str) -> None:
@@ -63,7 +78,14 @@ def with_settings_of_layers(
         for name in names
         if name in own or name in found
     }
-    return replace(config, overrides=overrides, clip_activations="none", clip_n_stds=None, stats_file=None)
+    return replace(
+        config,
+        overrides=overrides,
+        clip_activations="none",
+        clip_n_stds=None,
+        stats_file=None,
+        stats_as_is=False,
+    )
 
 
 def _without_clipping(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,6 +187,18 @@ class QuantizeConfig:
     clip_n_stds: float | None = option(
         None, PositiveFloat(), "Standard deviations that clip mode n_std keeps.", "--qe-clip-n-stds"
     )
+    clip_to_observed: bool = option(
+        False,
+        click.BOOL,
+        "Keep the ranges of clip modes gauss and laplace within the values observed.",
+        "--qe-clip-to-observed",
+    )
+    symmetric_unsigned: bool = option(
+        False,
+        click.BOOL,
+        "With a symmetric grid: integers from 0 on for activations that are never negative.",
+        "--qe-sym-unsigned",
+    )
     per_channel_weights: bool = option(
         False, click.BOOL, "One scale for each output channel of a weight.", "--qe-per-channel", "--qepc"
     )
@@ -196,6 +208,13 @@ class QuantizeConfig:
         "Replace scales by an integer of this many bits and a shift.",
         "--qe-scale-approx-bits",
         "--qesab",
+    )
+    scale_approx_everywhere: bool = option(
+        False,
+        click.BOOL,
+        "With --qe-scale-approx-bits: also scales of weights, and those by which sums, concatenations and "
+        "products rescale their inputs.",
+        "--qe-scale-approx-everywhere",
     )
     no_clip_layers: tuple[str, ...] = option(
         (),
@@ -217,6 +236,12 @@ class QuantizeConfig:
     )
     stats_file: Path | None = option(
         None, FILE, "Activation statistics from an earlier calibration.", "--qe-stats-file"
+    )
+    stats_as_is: bool = option(
+        False,
+        click.BOOL,
+        "Use --qe-stats-file though its images were preprocessed in another way, or the weights were others.",
+        "--qe-stats-as-is",
     )
     dynamic: bool = option(
         False, click.BOOL, "Take the range of activations from each batch that passes.", "--qe-dynamic"
@@ -272,8 +297,11 @@ OVERRIDABLE = (
     "clip_activations",
     "clip_n_stds",
     "clip_half_range",
+    "clip_to_observed",
+    "symmetric_unsigned",
     "per_channel_weights",
     "scale_approx_bits",
+    "scale_approx_everywhere",
     "inputs_quant_auto_fallback",
     "fpq_module",
     "fake",
@@ -283,7 +311,7 @@ OVERRIDABLE = (
     "weight_range_factors",
 )
 # What input_overrides, inside an override, may set for one input.
-INPUT_SETTINGS = ("bits_activations", "mode", "clip_activations", "clip_n_stds")
+INPUT_SETTINGS = ("bits_activations", "mode", "clip_activations", "clip_n_stds", "clip_to_observed")
 
 
 # Those of SciPy's methods that need no derivatives: the loss is constant between steps of the grids.

@@ -133,6 +133,9 @@ class _Both(nn.Module):
         self.__dict__.update({k: v for k, v in root.__dict__.items() if k not in self.__dict__})
         for kind in ("_parameters", "_buffers", "_modules"):
             getattr(self, kind).update({**getattr(traced, kind), **getattr(root, kind)})
+        # Tensors that belong to no module, such as a mask that forward takes from a global name.
+        constants = {k: v for k, v in traced.__dict__.items() if isinstance(v, Tensor)}
+        self._buffers.update({k: v for k, v in constants.items() if not hasattr(root, k)})
 
 
 def _collapse_modules(graph: fx.Graph, root: nn.Module) -> None:

@@ -24,6 +24,7 @@ from qtool.graph import ops
 from qtool.graph.axes import batch_axis, channel_axis
 from qtool.graph.fast import Fast
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
+from qtool.graph.unbounded import is_unbounded
 from qtool.observers.kernels import CACHED, Extremes, as_rows
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums
@@ -165,7 +166,11 @@ def observe(
     """
     observation = Observation(network, batchwise, pivots or {})
     handles: list[RemovableHandle] = []
-    produced = {node for _, node, _ in layers(network.traced) if ops.is_float_tensor(node.meta["value"])}
+    produced = {
+        node
+        for _, node, _ in layers(network.traced)
+        if ops.is_float_tensor(node.meta["value"]) and not is_unbounded(node)
+    }
     try:
         for name, node, module in layers(network.traced):
             fresh = []

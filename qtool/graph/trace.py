@@ -24,6 +24,7 @@ from qtool.graph.decompose import decompose
 from qtool.graph.examples import call, placeholder_values, shape_text
 from qtool.graph.expand import expand_calls
 from qtool.graph.parameters import fold_constants, make_layers
+from qtool.graph.unbounded import is_unbounded, mark_unbounded
 
 # How far the traced network may be from the original on the example, relative to the largest output.
 TRACE_TOLERANCE = 1e-4
@@ -39,8 +40,8 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
 
     Returns:
         A GraphModule of its own (a copy), whose nodes carry `meta["value"]`, the shape and dtype of
-        their result (a meta tensor), `meta["op"]`, what they compute, and for layers
-            `meta["layer"]`, the name.
+        their result (a meta tensor), `meta["op"]`, what they compute, `meta["unbounded"]`, whether
+        they are masks (see unbounded.py), and for layers `meta["layer"]`, the name.
 
     Raises:
         ModelError: if the network cannot be traced, run on the example, or if the trace computes
@@ -54,6 +55,7 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     traced.graph.eliminate_dead_code(_has_effect)
     _simplify(traced, example)
     _note_ops(traced)
+    mark_unbounded(traced, placeholder_values(traced, example))
     _name_layers(traced)
     _check_same(expected, _run(traced, example))
     return traced
@@ -76,7 +78,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def is_mask(node: fx.Node, index: int) -> bool:
     """Whether a float tensor that a node reads is a mask; its -inf is on no grid, so it stays in float."""
-    return node.meta["op"] == "softmax" and index > 0
+    return (node.meta["op"] == "softmax" and index > 0) or is_unbounded(tensor_inputs(node)[index])
 
 
 def copy_graph(traced: fx.GraphModule) -> fx.GraphModule:

@@ -7,7 +7,8 @@ Between quantized layers qtool passes `x_q - zero_point`, the *centered* integer
 in float32: their product with `scale` is x_hat, zero padding is exact, and a convolution of
 them is the integer accumulator. A symmetric grid of b bits spans [-v, v] with (2^b - 1) / 2
 steps on each side (127.5 at 8 bits), so +v saturates by half a step; with narrow_range it has
-2^(b-1) - 1 (127). This is Distiller's and torch's rule; NNCF divides by 127 in both cases.
+2^(b-1) - 1 (127). This is Distiller's and torch's rule; NNCF divides by 127 in both cases. An
+unsigned symmetric grid spans [0, v] with 2^b - 1 steps.
 """
 
 import torch
@@ -61,7 +62,9 @@ def qparams_from_range(
 
 
 def _symmetric(x_min: Tensor, x_max: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Steps per unit of x, and zero points, of a range [-v, v]."""
+    """Steps per unit of x, and zero points, of a range [-v, v], or [0, v] if unsigned."""
+    if not spec.signed:
+        return _steps_per_unit(spec.quant_max, x_max.clamp(min=0)), torch.zeros_like(x_max)
     v = torch.maximum(x_min.abs(), x_max.abs())
     steps = spec.quant_max if spec.narrow_range else (2**spec.num_bits - 1) / 2
     return _steps_per_unit(steps, v), torch.zeros_like(v)

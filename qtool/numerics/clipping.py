@@ -96,6 +96,8 @@ def choose_range(stats: RangeStats, spec: QuantSpec, clip: ClipSpec) -> tuple[Te
     else:
         spread = values[ACIQ[clip.mode][0]]
         low, high = _aciq_limits(values["mean"], spread, values["avg_min"], spec, clip)
+        if clip.to_observed:
+            low, high = _within_observed(low, high, stats, spec)
     # A net-aware edit can lift the lower end above what mean and std, which it leaves alone, allow.
     return torch.tensor(low), torch.tensor(max(low, high))
 
@@ -110,13 +112,26 @@ def _n_std_limits(values: dict[str, float], n_stds: float | None) -> tuple[float
 def _aciq_limits(
     mean: float, spread: float, avg_min: float, spec: QuantSpec, clip: ClipSpec
 ) -> tuple[float, float]:
-    """ACIQ's range. It is measured from its lower end and not limited by the observed maximum."""
+    """ACIQ's range. It is measured from its lower end and not limited by the observed maximum.
+
+    An unsigned symmetric grid is the upper half of a signed one with one bit more, whose constants
+    are those of the half range.
+    """
     if spec.symmetric:
-        v = abs(mean) + spread * aciq_alpha(clip.mode, spec.num_bits)
-        return -v, v
+        v = abs(mean) + spread * aciq_alpha(clip.mode, spec.num_bits, half_range=not spec.signed)
+        return (-v if spec.signed else 0.0), v
     alpha = spread * aciq_alpha(clip.mode, spec.num_bits, clip.half_range)
     low = max(avg_min, mean - alpha)
     return low, low + (alpha if clip.half_range else 2 * alpha)
+
+
+def _within_observed(low: float, high: float, stats: RangeStats, spec: QuantSpec) -> tuple[float, float]:
+    """A range without what lies beyond the smallest and largest value; symmetric if it was."""
+    smallest, largest = stats.min, stats.max
+    if spec.symmetric:
+        largest = max(abs(smallest), abs(largest))
+        smallest = -largest
+    return min(max(low, smallest), largest), min(max(high, smallest), largest)
 
 
 def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) -> tuple[Tensor, Tensor]:

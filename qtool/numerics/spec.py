@@ -7,7 +7,7 @@ options without loading torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 CLIP_MODES = ("none", "avg", "n_std", "gauss", "laplace")
 MIN_BITS, MAX_BITS = 2, 16
-# The widest grid that clip modes gauss and laplace have published constants for.
+# Those of ACIQ, and the widest grid that they have published constants for.
+ACIQ_MODES = ("gauss", "laplace")
 ACIQ_MAX_BITS = 8
 
 
@@ -26,7 +27,7 @@ class QuantSpec:
 
     Args:
         num_bits: width of an integer, 2 to 16.
-        symmetric: whether zero_point is fixed at 0 and the range is [-v, v].
+        symmetric: whether zero_point is fixed at 0, and the range is [-v, v], or [0, v] if not signed.
         signed: whether the integers start at -2^(num_bits-1) rather than at 0.
         narrow_range: whether the lowest integer of a symmetric grid is left out.
         axis: the axis kept, one scale for each of its indices; None is per tensor.
@@ -70,11 +71,20 @@ class QuantSpec:
             axis=axis,
         )
 
+    def unsigned(self) -> QuantSpec:
+        """The grid of as many bits for values that are never negative; an asymmetric one is it already.
+
+        Example:
+            >>> QuantSpec.from_mode("sym_restr").unsigned().quant_max
+            255
+        """
+        return replace(self, signed=False, narrow_range=False) if self.symmetric else self
+
     @property
     def mode(self) -> str:
-        """Distiller's name of this grid."""
+        """Distiller's name of this grid; "sym_u" for the symmetric, unsigned one that it lacks."""
         if self.symmetric:
-            return "sym_restr" if self.narrow_range else "sym"
+            return "sym_restr" if self.narrow_range else "sym" if self.signed else "sym_u"
         return "asym_s" if self.signed else "asym_u"
 
     @property
@@ -121,11 +131,13 @@ class ClipSpec:
         mode: one of CLIP_MODES.
         n_stds: how many standard deviations mode n_std keeps on each side of the mean.
         half_range: whether the values follow a ReLU, for the tables of gauss and laplace.
+        to_observed: whether gauss and laplace stay within the smallest and largest value observed.
     """
 
     mode: str = "none"
     n_stds: float | None = None
     half_range: bool = False
+    to_observed: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,8 @@ class LayerSpec:
         accum_bits: width of the accumulator, and of the bias.
         accum_float64: whether sums are accumulated in float64 rather than float32.
         scale_approx_bits: bits of the integer multiplier that replaces a float scale, or None.
+        scale_approx_everywhere: whether it also replaces the scales that Distiller leaves exact.
+        symmetric_unsigned: whether symmetric grids of values that are never negative are unsigned.
         output_range: (min, max) of the output, in place of one chosen from statistics.
         weight_range: (min, max) of a weight that is quantized per tensor, in place of its own.
         weight_range_factors: factors on the weight's own smallest and largest value, per channel too.
@@ -170,6 +184,8 @@ class LayerSpec:
     accum_bits: int = 32
     accum_float64: bool = False
     scale_approx_bits: int | None = None
+    scale_approx_everywhere: bool = False
+    symmetric_unsigned: bool = False
     output_range: tuple[float, float] | None = None
     weight_range: tuple[float, float] | None = None
     weight_range_factors: tuple[float, float] | None = None
@@ -178,3 +194,9 @@ class LayerSpec:
     fake: bool | None = None
     identity: bool = False
     keep_float_weight: bool = False
+
+    @property
+    def everywhere_bits(self) -> int | None:
+        """Of the multiplier that replaces the scales that Distiller leaves exact: of weights, and of
+        the inputs that are added, concatenated or multiplied; None leaves these exact."""
+        return self.scale_approx_bits if self.scale_approx_everywhere else None

@@ -3,6 +3,9 @@
 The file has Distiller's schema: layer name -> `inputs` (0, 1, ...) and `output`, each a record of
 min, max, avg_min, avg_max, mean, std, b, shape, total_numel. Files written by Distiller are read as
 they are; a field that an old one lacks is None and is asked for only when something needs it.
+
+Beside the layers there is one entry `.qtool`, with the fingerprint of what was measured. It is a
+mapping, so that other facts about a whole file can join it; keys that are not known are ignored.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 
 from qtool.errors import StatsError, nearest
 from qtool.numerics.histogram import Histogram
+from qtool.observers.fingerprint import HEADER, Fingerprint, fingerprint_tree, read_fingerprint
 
 Floats: TypeAlias = "NDArray[np.float32]"
 
@@ -97,10 +101,12 @@ class ModelStats:
     Args:
         layers: by layer name, in the order of execution.
         source: where they came from, for messages: a file name, or "this calibration".
+        fingerprint: of what they were measured on, None where that is not known.
     """
 
     layers: Mapping[str, LayerStats]
     source: str = "this calibration"
+    fingerprint: Fingerprint | None = None
 
     def output(self, name: str) -> ActivationStats:
         """The record of a layer's output.
@@ -151,7 +157,8 @@ _FIELD_NAMES = tuple(f.name for f in fields(ActivationStats) if f.compare)
 
 def write_stats(stats: ModelStats) -> str:
     """The text of a stats YAML."""
-    tree = {
+    tree: dict[str, Any] = {} if stats.fingerprint is None else {HEADER: _header_tree(stats.fingerprint)}
+    tree |= {
         name: {
             **({"inputs": {i: _record_tree(r) for i, r in layer.inputs.items()}} if layer.inputs else {}),
             **({"output": _record_tree(layer.output)} if layer.output is not None else {}),
@@ -159,6 +166,10 @@ def write_stats(stats: ModelStats) -> str:
         for name, layer in stats.layers.items()
     }
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False))
+
+
+def _header_tree(fingerprint: Fingerprint) -> dict[str, Any]:
+    return {"fingerprint": fingerprint_tree(fingerprint)}
 
 
 def _record_tree(record: ActivationStats) -> dict[str, Any]:
@@ -189,11 +200,12 @@ def read_stats(path: Path) -> ModelStats:
     if not isinstance(tree, dict) or not tree:
         raise StatsError(f"{path}: no layers found; a mapping of layer names to records is wanted")
     problems: list[str] = []
+    fingerprint = _read_header(tree.pop(HEADER, None), problems)
     layers = {str(name): _read_layer(str(name), node, problems) for name, node in tree.items()}
     if problems:
         rest = f"\n... and {len(problems) - 5} more such problems" if len(problems) > 5 else ""
         raise StatsError("\n".join(f"{path}: {p}" for p in problems[:5]) + rest)
-    return ModelStats(layers, source=str(path))
+    return ModelStats(layers, str(path), fingerprint)
 
 
 def _check_depth(text: str) -> None:
@@ -203,6 +215,17 @@ def _check_depth(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 100:
             raise ValueError("nested more than 100 levels deep")
+
+
+def _read_header(node: Any, problems: list[str]) -> Fingerprint | None:
+    if not isinstance(node, dict | None):
+        problems.append(f"{HEADER}: found {_kind(node)}; a mapping is wanted")
+    elif node is not None and node.get("fingerprint") is not None:
+        try:
+            return read_fingerprint(node["fingerprint"])
+        except ValueError as error:
+            problems.append(f"{HEADER}.fingerprint: {error}")
+    return None
 
 
 def _read_layer(name: str, node: Any, problems: list[str]) -> LayerStats:

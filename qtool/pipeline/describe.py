@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,7 +12,14 @@ from qtool.graph.neighbours import fused_activations
 from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec, QParams, QuantSpec
 from qtool.quantizers import plan as plans
-from qtool.quantizers.plan import LayerPlan, ModelPlan, layer_kind, quantizes_output
+from qtool.quantizers.plan import (
+    LayerPlan,
+    ModelPlan,
+    asked_of_output,
+    find_never_negative,
+    layer_kind,
+    quantizes_output,
+)
 
 
 def layer_quant_params(plan: ModelPlan, specs: Mapping[str, LayerSpec]) -> dict[str, Any]:
@@ -32,8 +39,13 @@ def _layer_params(layer: LayerPlan, spec: LayerSpec | None) -> dict[str, Any]:
         found["clip_activations"] = spec.clip.mode
         if spec.clip.n_stds is not None:
             found["clip_n_stds"] = spec.clip.n_stds
+        if spec.clip.to_observed:
+            found["clip_to_observed"] = True
     if layer.kind == plans.INTEGER:
         found["bits_accum"] = layer.accum_bits
+        if layer.scale_approx_bits is not None:
+            found["scale_approx_bits"] = layer.scale_approx_bits
+            found["scale_approx_everywhere"] = layer.everywhere_bits is not None
         if layer.accum_scale is not None:
             found["accum_scale"] = _number_or_list(layer.accum_scale)
     fresh = {i: _grid(q) for i, q in enumerate(layer.inputs) if q is not None}
@@ -61,9 +73,9 @@ def layer_table(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> str:
     folded = fold_batch_norms(traced)
     nodes = {name: node for name, node, _ in layers(folded.traced)}
     quantized = {n for n, node in nodes.items() if quantizes_output(node, specs.get(n))}
-    fused = {
-        activation: name for name, (activation, _) in fused_activations(folded.traced, quantized).items()
-    }
+    taken_over = fused_activations(folded.traced, quantized)
+    fused = {activation: name for name, (activation, _) in taken_over.items()}
+    never_negative = find_never_negative(folded.traced, specs, quantized, taken_over)
     rows = [("layer", "operation", "output", "quantization")]
     for name, node, _ in layers(traced):
         if name in folded.pairs:
@@ -71,7 +83,7 @@ def layer_table(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> str:
         elif name in fused:
             treatment = f"computed by {fused[name]}"
         else:
-            treatment = _treatment(nodes[name], specs.get(name))
+            treatment = _treatment(nodes[name], specs.get(name), never_negative)
         rows.append((name, node.meta["op"], _shape(node.meta["value"]), treatment))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(f"{row[c]:<{widths[c]}}" for c in range(3)) + f"  {row[3]}" for row in rows)
@@ -81,15 +93,16 @@ def _shape(value: Any) -> str:
     return "x".join(str(n) for n in value.shape[1:]) if isinstance(value, Tensor) else "several"
 
 
-def _treatment(node: fx.Node, spec: LayerSpec | None) -> str:
+def _treatment(node: fx.Node, spec: LayerSpec | None, never_negative: Set[fx.Node]) -> str:
     kind, note = layer_kind(node, spec, fused_away=False)
     if kind == plans.FLOAT or spec is None:
         return f"float ({note})"
-    weight, output = spec.weight, spec.output
+    weight = spec.weight
     parts = (
         [f"weights {_grid_name(weight)}"] if weight and kind in _WITH_WEIGHTS and _has_weight(node) else []
     )
-    if output is not None and kind in (plans.INTEGER, plans.FAKE):
+    if spec.output is not None and kind in (plans.INTEGER, plans.FAKE):
+        output = asked_of_output(node, spec, never_negative)
         clip = "" if spec.clip.mode == "none" else f" clipped by {spec.clip.mode}"
         parts.append(f"output {_grid_name(output)}{clip}")
     return ", ".join(parts) + (" (computes in float)" if kind == plans.FAKE else "")

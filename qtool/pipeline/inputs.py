@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +18,7 @@ from qtool.data.kinds import dataset_kind, has_calibration_split
 from qtool.data.loader import Loader, make_loader
 from qtool.data.preprocessing import Preprocessing, choose_preprocessing
 from qtool.errors import ConfigError, DataError, ModelError
+from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
 from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
 from qtool.pipeline.steps import example_input
@@ -184,12 +184,14 @@ class Images:
         dataset: where they are from.
         indices: their numbers, ascending.
         words: how to speak of them.
+        preprocessing: what they go through.
         from_evaluation: whether these calibration images were taken from the evaluation images.
     """
 
     dataset: ImageDataset
     indices: list[int]
     words: str
+    preprocessing: Preprocessing
     from_evaluation: bool = False
 
     def loader(self, config: Config) -> Loader:
@@ -217,7 +219,8 @@ def open_evaluation(config: Config, subject: Subject) -> Images:
     if data.effective_test_size < 1:
         indices = calibration_indices(len(dataset), fraction=data.effective_test_size, seed=config.run.seed)
     part = "" if len(indices) == len(dataset) else f"{len(indices)} of "
-    return Images(dataset, indices, f"{part}{len(dataset)} images of {dataset.name}")
+    words = f"{part}{len(dataset)} images of {dataset.name}"
+    return Images(dataset, indices, words, subject.preprocessing)
 
 
 def open_calibration(config: Config, subject: Subject, evaluation: Images | None) -> Images:
@@ -256,7 +259,7 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
         )
     indices = calibration_indices(len(dataset), fraction=fraction, samples=samples, seed=config.run.seed)
     words = f"{len(indices)} of {len(dataset)} images of {dataset.name} (seed {config.run.seed})"
-    return Images(dataset, indices, words, from_evaluation)
+    return Images(dataset, indices, words, subject.preprocessing, from_evaluation)
 
 
 def shared_images(evaluation: Images, calibration: Images) -> int:
@@ -297,12 +300,7 @@ def _open(
 
 def weights_sha256(network: nn.Module) -> str:
     """Of the names and values of parameters and buffers, wherever they were read from."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        raw = cast(torch.Tensor, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(network.state_dict().items())
 
 
 def quantized_network(subject: Subject) -> QuantizedModel | None:

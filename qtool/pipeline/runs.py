@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
+from qtool.pipeline.provenance import check_origin, fingerprint_of
 from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
@@ -86,7 +87,7 @@ def quantize(config: Config) -> Outcome:
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
-    ranges = find_ranges(config, subject, evaluation)
+    ranges = find_ranges(config, subject, traced, evaluation)
     searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
@@ -123,7 +124,7 @@ class Ranges:
     record: dict[str, Any]
 
 
-def find_ranges(config: Config, subject: Subject, evaluation: Images) -> Ranges:
+def find_ranges(config: Config, subject: Subject, traced: fx.GraphModule, evaluation: Images) -> Ranges:
     """Open the one source of ranges that was asked for; several at once are refused."""
     asked = config.calibration
     stats_file = config.quantizers.stats_file
@@ -139,6 +140,7 @@ def find_ranges(config: Config, subject: Subject, evaluation: Images) -> Ranges:
             LOG.info("dynamic mode: the ranges of activations are those of each batch")
             return Ranges(None, None, {"dynamic": True, "per_sample": config.quantizers.per_sample})
         given = read_stats(stats_file)
+        check_origin(given, traced, subject.preprocessing, config.quantizers.stats_as_is)
         LOG.info("statistics: %s", given.source)
         return Ranges(given, None, {"stats_file": str(stats_file)})
     images = open_calibration(config, subject, evaluation)
@@ -267,7 +269,7 @@ def measure_stats(config: Config, traced: fx.GraphModule, images: Images) -> Mod
     bar = config.data.print_freq is None
     stats = steps.calibrate(traced, batches, device=config.run.chosen_device, progress=bar)
     note_bad_images(loader.bad_images)
-    return stats
+    return replace(stats, fingerprint=fingerprint_of(traced, images.preprocessing))
 
 
 def _evaluate_both(

@@ -11,6 +11,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
+from qtool.graph.fingerprint import check_network, fingerprint
 from qtool.graph.observe import model_stats, observe
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
@@ -71,7 +73,8 @@ def calibrate(
         network = fast_or_plain(traced, first[:1].to(device))
         with observe(network, batchwise) as observation:
             run_chunks(observation, itertools.chain([first], (images for images, _ in stream)), device)
-            return model_stats(network, observation.sums(), len(first) if batchwise == "off" else 1)
+            stats = model_stats(network, observation.sums(), len(first) if batchwise == "off" else 1)
+    return replace(stats, fingerprint=fingerprint(traced))
 
 
 def quantize(
@@ -90,7 +93,7 @@ def quantize(
 
     Raises:
         ConfigError: if a setting cannot be honoured.
-        StatsError: if a record that is needed is missing.
+        StatsError: if a record that is needed is missing, or if they were measured on another network.
         ModelError: if the network cannot be traced.
     """
     config = config or QuantizeConfig()
@@ -101,6 +104,8 @@ def quantize(
             f"found dynamic = {config.dynamic} with {'no' if stats is None else 'some'} statistics"
         )
     traced = _as_traced(model) or trace(model, _example_for(stats, example))
+    if stats is not None:
+        check_network(stats, traced)
     return quantize_graph(traced, stats, specs_for(traced, config), config.per_sample)
 
 

@@ -9,8 +9,7 @@ sample by sample instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,10 @@ from torch.nn import functional as F
 
 from qtool.errors import ModelError
 from qtool.graph import ops
-from qtool.graph.fold import output_channels_first
-from qtool.graph.neighbours import FUSIBLE, fused_activations
-from qtool.graph.trace import layers, tensor_inputs
+from qtool.graph.trace import layers
 from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_from_range, quantize_centered
 from qtool.numerics.clipping import range_of_tensor
-from qtool.numerics.spec import InputSpec, LayerSpec, QParams, QuantSpec
+from qtool.numerics.spec import InputSpec, QParams
 from qtool.quantizers import plan as plans
 from qtool.quantizers.modules import (
     ACTIVATION_LIMITS,
@@ -34,18 +31,10 @@ from qtool.quantizers.modules import (
     output_limits,
     weighted_function,
 )
-from qtool.quantizers.plan import DYNAMIC, DYNAMIC_FAKE, DynamicSpec, LayerPlan
+from qtool.quantizers.plan import DYNAMIC_FAKE, LayerPlan
 from qtool.quantizers.weights import (
-    bias_on_own_grid,
-    fake_quantize_bias,
-    quantize_weight,
     weight_centered,
 )
-
-STAYS = "sums, products and concatenations stay in float in dynamic mode"
-# Operations that have no dynamic form on integers.
-FLOAT_OPS = frozenset({"add", "mul", "cat"})
-
 
 Builders = Mapping[str, Callable[[nn.Module, LayerPlan], nn.Module]]
 
@@ -57,114 +46,6 @@ class OnGrid(NamedTuple):
     """x_q - zero_point, any shape"""
     scale: Tensor
     """units of x per integer step, shape ()"""
-
-
-def plan_dynamic(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> dict[str, LayerPlan]:
-    """Decide what becomes of every layer of a network whose batch norms are folded.
-
-    Args:
-        traced: the network.
-        specs: what is asked, by layer name; a layer without one stays in float.
-
-    Raises:
-        ConfigError: if a setting cannot be honoured for a layer.
-    """
-    modules = {name: module for name, _, module in layers(traced)}
-    kinds = {n: _kind(node, specs.get(n), False)[0] for n, node, _ in layers(traced)}
-    quantized = {n for n, kind in kinds.items() if kind in (DYNAMIC, DYNAMIC_FAKE)}
-    fused = fused_activations(traced, quantized)
-    away = {activation for activation, _ in fused.values()}
-    found: dict[str, LayerPlan] = {}
-    grids: dict[fx.Node, QuantSpec | None] = {}
-    for node in traced.graph.nodes:
-        sources = tensor_inputs(node)
-        name = node.meta.get("layer")
-        if name is None:
-            grids[node] = grids[sources[0]] if node.meta["op"] in ops.KEEPS_GRID and sources else None
-            continue
-        spec = specs.get(name)
-        kind, note = _kind(node, spec, name in away)
-        layer = LayerPlan(kind, node.meta["op"], note=note)
-        if spec is not None and kind not in (plans.FLOAT, plans.IDENTITY):
-            activation = fused[name][1] if name in fused else "relu" if spec.clip.half_range else None
-            layer = _with_weight(replace(layer, float_bits=spec.float_bits), name, modules[name], spec)
-            layer = _with_grids(layer, name, node, spec, activation, [grids[s] for s in sources])
-        found[name] = layer
-        grids[node] = grids[sources[0]] if kind == plans.IDENTITY else _grid_of_result(layer)
-    return found
-
-
-def _kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple[str, str]:
-    kind, note = plans.layer_kind(node, spec, fused_away)
-    if kind in (plans.INTEGER, plans.FAKE) and node.meta["op"] in FLOAT_OPS:
-        return plans.FLOAT, STAYS
-    return {plans.INTEGER: DYNAMIC, plans.FAKE: DYNAMIC_FAKE}.get(kind, kind), note
-
-
-def _grid_of_result(layer: LayerPlan) -> QuantSpec | None:
-    if layer.dynamic is not None:
-        return layer.dynamic.output
-    return None if layer.output is None else layer.output.spec
-
-
-def _with_weight(layer: LayerPlan, name: str, module: nn.Module, spec: LayerSpec) -> LayerPlan:
-    """The plan with the integers of the layer's weight and bias, if it is to have any."""
-    embedding = layer.kind == plans.EMBEDDING
-    has_weight = embedding or layer.op in plans.WEIGHTED
-    if not has_weight or spec.weight is None or layer.kind in (DYNAMIC_FAKE, plans.CAST):
-        return layer
-    grid = replace(spec.weight, axis=None) if embedding else spec.weight
-    given = (spec.weight_range, spec.weight_clip, spec.weight_range_factors)
-    weight, weight_q = quantize_weight(name, module, grid, *given)
-    layer = replace(
-        layer,
-        weight=weight,
-        weight_q=weight_q,
-        float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
-        output=weight if embedding else None,
-    )
-    bias = getattr(module, "bias", None)
-    if bias is None:
-        return layer
-    if layer.kind == plans.WEIGHTS_ONLY:
-        return replace(layer, bias=fake_quantize_bias(bias, spec.accum_bits))
-    scale, bias_q = bias_on_own_grid(bias, spec.accum_bits)
-    return replace(layer, bias_scale=scale, bias_q=bias_q)
-
-
-def _with_grids(
-    layer: LayerPlan,
-    name: str,
-    node: fx.Node,
-    spec: LayerSpec,
-    activation: str | None,
-    sources: Sequence[QuantSpec | None],
-) -> LayerPlan:
-    """The plan with what is asked of the grids that are found at run time."""
-    if layer.kind == plans.WEIGHTS_ONLY:
-        return replace(layer, activation=activation)
-    if layer.kind not in (DYNAMIC, DYNAMIC_FAKE) or spec.output is None:
-        return layer
-    fake, op = layer.kind == DYNAMIC_FAKE, layer.op
-    # As in static mode: a convolution whose weights stay in float takes its inputs as they come.
-    if fake and ((op in plans.WEIGHTED and spec.float_bits is None) or not spec.quantize_inputs):
-        inputs: tuple[InputSpec | None, ...] = (None,) * len(sources)
-    else:
-        inputs = plans.asked_of_inputs(name, node, spec, [grid is not None for grid in sources])
-    if fake:  # so do parameters, such as those of a layer norm
-        from_net = [source.op != "get_attr" for source in tensor_inputs(node)]
-        inputs = tuple(one if is_fed else None for one, is_fed in zip(inputs, from_net, strict=True))
-    half_range = spec.clip.half_range or activation is not None or op in FUSIBLE
-    asked = DynamicSpec(spec.output, replace(spec.clip, half_range=half_range), inputs, activation)
-    grids = [grid or (one and one.grid) for grid, one in zip(sources, inputs, strict=True)]
-    wide = spec.weight is not None and any(g and plans.beyond_float32(g, spec.weight) for g in grids)
-    return replace(
-        layer,
-        dynamic=asked,
-        accum_bits=spec.accum_bits,
-        accum_float64=spec.accum_float64 or wide,
-        scale_approx_bits=spec.scale_approx_bits,
-    )
 
 
 def live_grid(x: Tensor, asked: InputSpec, scale_approx_bits: int | None = None) -> QParams:
@@ -205,6 +86,7 @@ class _DynamicLayer(nn.Module):
         self.asked = plan.dynamic
         self.accum_bits = plan.accum_bits
         self.approx_bits = plan.scale_approx_bits
+        self.everywhere_bits = plan.everywhere_bits
 
     def take(self, x: Tensor | OnGrid, index: int) -> OnGrid:
         """Input number index on a grid: its own, or one found now."""
@@ -234,6 +116,12 @@ class _DynamicLayer(nn.Module):
         return OnGrid(centered, grid.scale)
 
 
+def _approximated(accum_scale: Tensor, num_bits: int) -> Tensor:
+    """A scale, float32, whose reciprocal is an integer of num_bits and a shift."""
+    steps_per_unit = approximate_multiplier(exact_ratio(1 / accum_scale.double()), num_bits)
+    return (1 / steps_per_unit).float()
+
+
 class DynamicWeighted(_DynamicLayer):
     """A convolution, transposed convolution or linear layer on integers."""
 
@@ -260,7 +148,7 @@ class DynamicWeighted(_DynamicLayer):
         axis, dims = (-1 if self.channels_last else 1), accumulator.dim()
         scale = taken.scale * self.weight_scale
         if self.approx_bits is not None:
-            scale = 1 / approximate_multiplier(1 / scale, self.approx_bits)
+            scale = _approximated(scale, self.approx_bits)
         if self.bias is not None:
             accumulator += along_axis(self._bias_at(scale), axis, dims)
         accumulator = clamp_accumulator(accumulator, self.accum_bits)
@@ -269,7 +157,7 @@ class DynamicWeighted(_DynamicLayer):
     def _bias_at(self, scale: Tensor) -> Tensor:
         """The bias, (C,), in steps of an accumulator whose scale is () or (C,)."""
         assert self.bias is not None
-        ratio = self.bias_scale / scale.double()
+        ratio = exact_ratio(self.bias_scale / scale.double())
         if self.approx_bits is not None:
             ratio = approximate_multiplier(ratio, self.approx_bits)
         bias = clamp_accumulator(torch.round(self.bias * ratio), self.accum_bits)
@@ -287,7 +175,10 @@ class DynamicMatmul(_DynamicLayer):
         first, second = self.take(a, 0), self.take(b, 1)
         accumulator = self.function(first.centered, second.centered).round_()
         accumulator = clamp_accumulator(accumulator, max(self.accum_bits, plans.OP_ACCUM_BITS))
-        return self.requantize(accumulator, first.scale * second.scale)
+        scale = first.scale * second.scale
+        if self.everywhere_bits is not None:
+            scale = _approximated(scale, self.everywhere_bits)
+        return self.requantize(accumulator, scale)
 
 
 class DynamicFake(_DynamicLayer):

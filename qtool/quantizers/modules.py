@@ -212,11 +212,19 @@ class _Rescaling(nn.Module):
     """Brings each input to the output's scale, rounded, before they are combined."""
 
     def __init__(
-        self, inputs: Sequence[QParams], output: QParams, activation: str | None, accum_bits: int
+        self,
+        inputs: Sequence[QParams],
+        output: QParams,
+        activation: str | None,
+        accum_bits: int,
+        scale_approx_bits: int | None = None,
     ) -> None:
         super().__init__()
         self.accum_bits = accum_bits
-        self.ratios = [float(exact_ratio(q.scale.double() / output.scale.double())) for q in inputs]
+        ratios = [exact_ratio(q.scale.double() / output.scale.double()) for q in inputs]
+        if scale_approx_bits is not None:
+            ratios = [approximate_multiplier(ratio, scale_approx_bits) for ratio in ratios]
+        self.ratios = [float(ratio) for ratio in ratios]
         self.low, self.high = output_limits(output, activation)
         self.grid = Grid(output)
 

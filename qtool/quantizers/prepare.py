@@ -16,7 +16,7 @@ from qtool.graph.trace import copy_graph, layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers import plan as plans
-from qtool.quantizers.dynamic import DynamicBuilder, plan_dynamic
+from qtool.quantizers.dynamic import DynamicBuilder
 from qtool.quantizers.modules import (
     Cast,
     Dequantize,
@@ -29,7 +29,7 @@ from qtool.quantizers.modules import (
     QuantWeighted,
     Requantize,
 )
-from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_model
+from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_dynamic, plan_model
 from qtool.quantizers.weights import weight_centered, weight_values
 
 
@@ -228,9 +228,9 @@ def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], nod
     """The module of an integer layer, for inputs on the given grids."""
     assert plan.output is not None and plan.accum_scale is not None
     if plan.op == "add":
-        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits)
+        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits)
     if plan.op == "cat":
-        return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits)
+        return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits)
     num_dims = node.meta["value"].dim()
     last = plan.op in ("linear", "matmul")
     requantize = Requantize(

@@ -12,47 +12,41 @@ from qtool.errors import ConfigError
 from qtool.graph.fold import output_channels_first, restore_layout
 from qtool.numerics.affine import along_axis, dequantize, qparams_from_range, quantize
 from qtool.numerics.clipping import range_of_tensor
-from qtool.numerics.spec import ClipSpec, QParams, QuantSpec
+from qtool.numerics.spec import LayerSpec, QParams, QuantSpec
 
 
 def quantize_weight(
-    name: str,
-    module: nn.Module,
-    spec: QuantSpec,
-    weight_range: tuple[float, float] | None = None,
-    clip: ClipSpec | None = None,
-    factors: tuple[float, float] | None = None,
+    name: str, module: nn.Module, grid: QuantSpec, asked: LayerSpec
 ) -> tuple[QParams, Tensor]:
     """The grid and the integers of a layer's weight, output channels first.
 
     Args:
         name: of the layer, for messages.
         module: the layer.
-        spec: the grid asked for.
-        weight_range: of all its channels, in place of its own.
-        clip: how to choose its own range.
-        factors: on the two ends of its own range, which is widened to hold zero.
+        grid: the grid asked for.
+        asked: how its range is chosen, and how its scale is approximated.
 
     Raises:
         ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
             per-channel grid.
     """
     weight = output_channels_first(module)
+    factors = asked.weight_range_factors
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {name!r}: its weight holds NaN or infinity; check the checkpoint")
-    if weight_range is None:
+    if asked.weight_range is None:
         try:
-            x_min, x_max = range_of_tensor(weight, spec, clip)
+            x_min, x_max = range_of_tensor(weight, grid, asked.weight_clip)
         except ValueError as error:
             raise ConfigError(f"layer {name!r}: its weight cannot be clipped: {error}") from error
         if factors is not None:
             x_min, x_max = x_min.clamp(max=0) * factors[0], x_max.clamp(min=0) * factors[1]
-    elif spec.axis is None:
-        x_min, x_max = (torch.tensor(float(v)) for v in weight_range)
+    elif grid.axis is None:
+        x_min, x_max = (torch.tensor(float(v)) for v in asked.weight_range)
     else:
         raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
-    qparams = qparams_from_range(x_min, x_max, spec)
-    return qparams, quantize(weight, qparams).to(integer_dtype(spec))
+    qparams = qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
+    return qparams, quantize(weight, qparams).to(integer_dtype(grid))
 
 
 def integer_dtype(spec: QuantSpec) -> torch.dtype:

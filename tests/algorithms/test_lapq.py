@@ -136,6 +136,7 @@ def test_only_asymmetric_ranges_around_zero_have_two_numbers(trials):
 @pytest.mark.parametrize("options", [{}, {"per_channel_weights": True}, {"mode": "asym_u"}])
 @pytest.mark.parametrize("init_mode", ["auto", "l2", "none"])
 def test_the_end_is_not_worse_than_the_start(trials, init_mode, options):
+    """D11: the network kept the ranges of the last trial, not those of the best."""
     settings = LapqSpec(init_mode=init_mode, maxfev=20)
     tensors, specs = problem(trials, settings, **options)
     result = lapq(tensors, specs, lambda s: trials.score(s).loss, settings)
@@ -187,3 +188,13 @@ def test_nothing_to_search_is_refused(trials):
     specs = specs_for(trials.folded.traced, QuantizeConfig(bits_activations=0, bits_weights=0))
     with pytest.raises(ConfigError, match="no layer is quantized"):
         searched_tensors(trials.folded.traced, trials.stats, specs, {}, LapqSpec())
+
+
+@pytest.mark.parametrize("mode", ["asym_s", "asym_u"])
+def test_d6_the_range_that_is_read_back_is_the_range(trials, mode):
+    """Distiller read (-2.53, 2.51) back as (0, 5.05) on a signed grid, and searched from there."""
+    tensors, _ = problem(trials, LapqSpec(init_mode="none", both_ends=True), mode=mode)
+    (fc,) = (t for t in tensors if (t.layer, t.part) == ("fc", "output"))
+    record = trials.stats.output("fc")
+    assert record.min < 0 < record.max
+    assert fc.asked_at(np.zeros(2)) == {"output_range": pytest.approx((record.min, record.max))}

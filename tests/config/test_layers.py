@@ -25,6 +25,7 @@ def test_every_layer_gets_what_no_override_names():
 
 
 def test_first_override_that_matches_wins_whole():
+    """E3: precedence, see test_a_name_wins_over_an_earlier_pattern too."""
     config = QuantizeConfig(
         overrides={"layer1.*": {"bits_weights": 4}, ".*conv1": {"bits_weights": 6, "mode": "asym_u"}}
     )
@@ -38,11 +39,13 @@ def test_a_name_wins_over_an_earlier_pattern():
 
 
 def test_pattern_matches_the_whole_name():
+    """E3: alternatives escaped the anchors."""
     assert weight_bits(QuantizeConfig(overrides={"conv1": {"bits_weights": 4}})) == [4, 8, 8, 8, 8]
     assert weight_bits(QuantizeConfig(overrides={"con|fc": {"bits_weights": 4}})) == [8, 8, 8, 8, 4]
 
 
 def test_groups_of_one_pattern_do_not_disturb_the_next():
+    """E3: groups shifted the number of the pattern."""
     config = QuantizeConfig(overrides={"(con)(v)1": {"bits_weights": 3}, "fc": {"bits_weights": 4}})
     assert weight_bits(config) == [3, 8, 8, 8, 4]
 
@@ -103,6 +106,7 @@ def test_name_that_is_no_valid_expression_matches_itself():
     ],
 )
 def test_pattern_without_match_is_refused_with_the_nearest_names(pattern, message):
+    """E2: patterns without a match were ignored."""
     with pytest.raises(ConfigError) as caught:
         matching(pattern, NAMES)
     assert str(caught.value).startswith(message)
@@ -146,6 +150,21 @@ def test_all_patterns_without_match_are_reported_together():
             {"clip_activations": "gauss", "overrides": {"fc": {"bits_activations": 16}}},
             "overrides.fc: --qe-clip-acts gauss: has published constants for up to 8 bits, found 16",
         ),
+        (
+            {"scale_approx_everywhere": True},
+            "--qe-scale-approx-everywhere: has no effect on exact scales; add --qe-scale-approx-bits",
+        ),
+        (
+            {
+                "scale_approx_bits": 8,
+                "overrides": {"fc": {"scale_approx_bits": None, "scale_approx_everywhere": True}},
+            },
+            "overrides.fc: --qe-scale-approx-everywhere: has no effect",
+        ),
+        (
+            {"mode_activations": "asym_u", "symmetric_unsigned": True},
+            "--qe-sym-unsigned: has no effect on asymmetric or float activations; choose mode sym",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -162,7 +181,44 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
         {"clip_n_stds": 2.0, "overrides": {"fc": {"clip_activations": "n_std"}}},
         {"clip_activations": "laplace", "bits_activations": 8, "bits_weights": 16},
         {"bits_accum": 8},
+        {"scale_approx_everywhere": True, "overrides": {"fc": {"scale_approx_bits": 8}}},
+        {"mode": "asym_u", "symmetric_unsigned": True, "overrides": {"fc": {"mode_activations": "sym"}}},
+        {"clip_to_observed": True},  # a search may have found that nothing is clipped
     ],
 )
 def test_settings_that_fit_together_pass(settings):
     check(QuantizeConfig(**settings))
+
+
+@pytest.mark.parametrize("key", ["clip_to_observed", "symmetric_unsigned", "scale_approx_everywhere"])
+def test_a_switch_of_all_layers_can_be_turned_off_for_one(key):
+    """D9, D10, D13: for all layers, and by override."""
+    config = QuantizeConfig(**{key: True}, scale_approx_bits=8, overrides={"fc": {key: False}})
+    specs = layer_specs(config, ["conv1", "fc"])
+    found = {
+        name: spec.clip.to_observed if key == "clip_to_observed" else getattr(spec, key)
+        for name, spec in specs.items()
+    }
+    assert found == {"conv1": True, "fc": False}
+
+
+def test_d9_clipping_of_weights_and_of_one_input_stay_within_the_observed_values_too():
+    inputs = {0: {"clip_activations": "gauss"}, 1: {"clip_activations": "gauss", "clip_to_observed": False}}
+    config = QuantizeConfig(
+        clip_activations="laplace",
+        clip_to_observed=True,
+        also_clip_weights=True,
+        overrides={"add": {"input_overrides": inputs}},
+    )
+    spec = layer_specs(config, ["add"])["add"]
+    assert spec.weight_clip == ClipSpec("laplace", to_observed=True)
+    assert spec.inputs[0].clip == ClipSpec("gauss", to_observed=True)
+    assert spec.inputs[1].clip == ClipSpec("gauss")
+
+
+def test_d16_module_is_part_of_a_name_unless_it_comes_first():
+    """Distiller took "module." out of the middle of a name, so that no pattern matched it."""
+    names = ["submodule.conv", "module.fc", "subconv"]
+    assert matching("submodule.conv", names) == matching(r"submodule\..*", names) == ["submodule.conv"]
+    config = QuantizeConfig(overrides={"subconv": {"bits_weights": 4}})
+    assert layer_specs(config, names)["submodule.conv"].weight.num_bits == 8

@@ -104,6 +104,7 @@ def test_values_get_the_types_of_their_flags(write_config):
     ],
 )
 def test_value_out_of_its_limits_is_refused_with_its_line(write_config, setting, message):
+    """E8: bits of 1, -1 or 40 were not checked."""
     path = write_config(f"# a comment\nquantizers:\n  {setting}\n")
     assert problems_of(path) == f"{path}:3: quantizers.{setting.split(':')[0]}: {message}"
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_folded_stays(case, traced_lambda):
 
 
 def test_pairs_are_found_by_edges_and_not_by_order(traced_lambda):
-    """Distiller's tracer order would fold bn1 into conv2 here."""
+    """D3: Distiller's tracer order would fold bn1 into conv2 here."""
 
     def forward(self, x):
         a, b = self.conv1(x), self.conv2(x)

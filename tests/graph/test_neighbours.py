@@ -162,6 +162,7 @@ def test_which_activations_a_layer_takes_over(traced_lambda, case):
 
 @pytest.mark.parametrize("order", [["act", "conv"], ["conv", "act"]])
 def test_fusion_does_not_depend_on_the_order_in_which_modules_were_registered(traced_lambda, order):
+    """D19: a ReLU that was registered first was not fused."""
     made = {"conv": nn.Conv2d(4, 4, 1), "act": nn.ReLU()}
     traced = traced_lambda(lambda m, x: m.act(m.conv(x)), SHAPE, **{name: made[name] for name in order})
     assert fused_activations(traced, {"conv", "act"}) == {"conv": ("act", "relu")}

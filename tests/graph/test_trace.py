@@ -225,6 +225,7 @@ class ReluOverwritesItsInput(nn.Module):
 
 @pytest.mark.parametrize("function", INPLACE, ids=lambda f: f.__name__)
 def test_code_in_place_gives_the_same_and_writes_into_nothing(function):
+    """D15: a module could write into a tensor that others read."""
     net, x = TwoConvs(function).eval(), torch.randn(2, 3, 5, 5)
     traced = trace(net, X)
     assert torch.equal(traced(x.clone()), net(x.clone()))
@@ -247,6 +248,7 @@ def test_a_module_in_place_whose_input_is_read_later_gives_the_same(activation):
 
 
 def test_the_input_batch_is_not_written_into():
+    """D15."""
     x = torch.randn(2, 3, 5, 5)
     before = x.clone()
     trace(nn.Sequential(nn.ReLU(inplace=True)), X)(x)

@@ -248,3 +248,12 @@ def test_zero_point_is_that_of_the_exact_scale():
     spec = QuantSpec.from_mode("asym_u")
     found = qparams_from_range(torch.tensor(-2.0), torch.tensor(10.0), spec, scale_approx_bits=2)
     assert (1 / found.scale.item(), found.zero_point.item()) == (pytest.approx(16.0), 42)
+
+
+def test_d10_an_unsigned_symmetric_grid_spans_zero_to_v_with_all_its_steps():
+    spec = QuantSpec(num_bits=4).unsigned()
+    q = qparams_from_range(torch.tensor([-7.0, 0.0]), torch.tensor([3.0, 0.0]), spec)
+    assert q.scale.tolist() == pytest.approx([3 / 15, 1.0])
+    assert q.zero_point.tolist() == [0, 0]
+    scalar = qparams_from_range(torch.tensor(0.0), torch.tensor(3.0), spec)
+    assert quantize(torch.tensor([-1.0, 0.0, 0.29, 0.31, 2.0, 9.0]), scalar).tolist() == [0, 0, 1, 2, 10, 15]

@@ -152,3 +152,39 @@ def test_clipping_per_channel_is_refused():
 def test_empty_tensor_is_refused(axis):
     with pytest.raises(ValueError, match="range of an empty tensor is not defined"):
         range_of_tensor(torch.ones(3, 0), QuantSpec(axis=axis))
+
+
+@pytest.mark.parametrize("clip", ["gauss", "laplace"])
+@pytest.mark.parametrize(
+    ("grid", "free", "kept"),
+    [("sym", (-9.89, 9.89), (-5, 5)), ("asym_u", (-2, 17.78), (-2, 5)), ("asym_s", (-2, 17.78), (-2, 5))],
+)
+def test_d9_aciq_ranges_stay_within_the_observed_values_when_asked(clip, grid, free, kept):
+    unit = {"laplace": 1.0, "gauss": 9.89 / 3.92}[clip]  # both modes reach 9.89 from the mean
+    record = ActivationStats(min=-3.0, max=5.0, avg_min=-2.0, avg_max=4.0, mean=0.0, std=unit, b=unit)
+    spec = QuantSpec.from_mode(grid)
+    found = choose_range(record, spec, ClipSpec(clip))
+    assert [v.item() for v in found] == pytest.approx(free, rel=1e-6)
+    within = choose_range(record, spec, ClipSpec(clip, to_observed=True))
+    assert [v.item() for v in within] == pytest.approx(kept, rel=1e-6)
+
+
+def test_d9_a_range_inside_the_observed_values_stays():
+    record = replace(RECORD, min=-1e6, max=1e6)
+    for grid in ("sym", "asym_u"):
+        spec = QuantSpec.from_mode(grid, 4)
+        within = choose_range(record, spec, ClipSpec("laplace", to_observed=True))
+        assert within == choose_range(record, spec, ClipSpec("laplace"))
+
+
+def test_d9_a_record_that_an_edit_made_zero_gives_an_empty_range():
+    record = ActivationStats(min=0.0, max=0.0, avg_min=0.0, avg_max=0.0, mean=-3.0, std=1.0, b=1.0)
+    for grid in ("sym", "asym_s"):
+        found = choose_range(record, QuantSpec.from_mode(grid), ClipSpec("gauss", to_observed=True))
+        assert [v.item() for v in found] == [0, 0]
+
+
+def test_d10_an_unsigned_symmetric_grid_takes_the_constants_of_one_bit_more():
+    spec = QuantSpec(num_bits=4).unsigned()
+    found = choose_range(RECORD, spec, ClipSpec("laplace"))
+    assert [v.item() for v in found] == pytest.approx([0, abs(RECORD.mean) + RECORD.b * 6.2], rel=1e-6)

@@ -59,3 +59,15 @@ def test_another_scale_zero_point_or_width_is_another_grid(scale, zero_point, sp
     one = QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec())
     assert one.same_grid(QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec()))
     assert not one.same_grid(QParams(torch.tensor(scale), torch.tensor(zero_point), spec))
+
+
+@pytest.mark.parametrize("mode", ["sym", "sym_restr"])
+def test_d10_the_unsigned_grid_of_a_symmetric_mode_starts_at_zero(mode):
+    spec = QuantSpec.from_mode(mode, 4).unsigned()
+    assert (spec.quant_min, spec.quant_max, spec.symmetric, spec.mode) == (0, 15, True, "sym_u")
+
+
+@pytest.mark.parametrize("mode", ["asym_s", "asym_u"])
+def test_an_asymmetric_grid_is_its_own_unsigned_one(mode):
+    spec = QuantSpec.from_mode(mode, 4)
+    assert spec.unsigned() is spec

@@ -4,6 +4,9 @@ The simulation is written from the published behaviour alone, in float64 and wit
 convention: q = clamp(round(S x - Z)). A float32 product may land on the other side of a tie, so an
 integer may differ by one where the simulated value lies on a tie; that it does is checked, and the
 simulation goes on from qtool's integer.
+
+What qtool offers beyond Distiller's arithmetic is simulated too: ranges within the observed values (D9),
+unsigned symmetric grids (D10), approximation of every scale (D13), and the cap of ReLU6 (D14).
 """
 
 import math
@@ -19,6 +22,8 @@ from qtool.quantizers.modules import Quantize
 
 LAPLACE = {4: (5.03, 6.2), 6: (7.41, 8.64), 8: (9.89, 11.16)}
 GAUSS = {4: (2.55, 2.93), 6: (3.28, 3.61), 8: (3.92, 4.2)}
+# Layers of VariedNet whose output a ReLU, ReLU6 or sigmoid keeps from being negative.
+NEVER_NEGATIVE = {"conv1", "relu1", "depthwise", "add", "maxpool", "sigmoid"}
 # An 8-bit integer times a few roundings of 2^-24; a float convolution in acts-only adds some more.
 TIE = 2e-4
 
@@ -66,6 +71,9 @@ def approximate(s: Tensor, bits: int | None) -> Tensor:
 
 def make_grid(low, high, mode: str, bits: int, approx: int | None = None) -> Grid:
     low, high = float32(low), float32(high)
+    if mode == "unsigned":  # D10: no zero point, no negative integers
+        S = float32((2**bits - 1) / high)
+        return Grid(approximate(S, approx), torch.zeros_like(S), 0, 2**bits - 1)
     signed = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if mode.startswith("sym"):
         n = 2 ** (bits - 1) - 1 if mode == "sym_restr" else (2**bits - 1) / 2
@@ -96,13 +104,18 @@ class Distiller:
         self.mode_wts = get("mode_weights") or get("mode", "sym")
         self.bits_acts, self.bits_wts = get("bits_activations", 8), get("bits_weights", 8)
         self.accum, self.approx = get("bits_accum", 32), get("scale_approx_bits")
+        self.everywhere = self.approx if get("scale_approx_everywhere") else None  # D13
 
     def clip_of(self, layer: str) -> str:
         unclipped = layer in self.settings.get("no_clip_layers", ())
         return "none" if unclipped else self.settings.get("clip_activations", "none")
 
-    def grid_of(self, record, layer: str, half_range: bool = False) -> Grid:
-        clip = self.clip_of(layer)
+    def mode_of(self, layer: str, is_input: bool) -> str:
+        unsigned = self.settings.get("symmetric_unsigned") and layer in NEVER_NEGATIVE and not is_input
+        return "unsigned" if unsigned else self.mode_acts
+
+    def grid_of(self, record, layer: str, half_range: bool = False, is_input: bool = False) -> Grid:
+        clip, mode = self.clip_of(layer), self.mode_of(layer, is_input)
         if clip == "none":
             low, high = record.min, record.max
         elif clip == "avg":
@@ -114,14 +127,18 @@ class Distiller:
         else:
             spread, table = (record.b, LAPLACE) if clip == "laplace" else (record.std, GAUSS)
             full, half = table[self.bits_acts]
-            if self.mode_acts.startswith("sym"):
-                high = abs(record.mean) + spread * full
+            if not mode.startswith("asym"):  # the upper half of a grid with one bit more is half a range
+                high = abs(record.mean) + spread * (half if mode == "unsigned" else full)
                 low = -high
             else:
                 alpha = spread * (half if half_range else full)
                 low = max(record.avg_min, record.mean - alpha)
                 high = low + (alpha if half_range else 2 * alpha)
-        return make_grid(low, high, self.mode_acts, self.bits_acts, self.approx)
+            if self.settings.get("clip_to_observed"):  # D9
+                largest = max(abs(record.min), record.max) if low == -high else record.max
+                high = min(high, largest)
+                low = -high if mode.startswith("sym") else max(low, record.min)
+        return make_grid(low, high, mode, self.bits_acts, self.approx)
 
     def agree(self, name: str, unrounded: Tensor, grid: Grid, cap: float = math.inf, rounded=()) -> Act:
         """Where qtool's integers differ, one of the numbers rounded on the way has to be on a tie."""
@@ -151,7 +168,7 @@ class Distiller:
         return replace(record, **clamped)
 
     def fresh(self, key: str, x: Tensor, layer: str) -> Act:
-        grid = self.grid_of(self.stats[layer].inputs[0], layer)
+        grid = self.grid_of(self.stats[layer].inputs[0], layer, is_input=True)
         return self.agree(key, grid.quantize(x), grid)
 
     def weighted(self, name, x: Act | Tensor, weight, bias, compute, following=None, rows=None, record=None):
@@ -168,10 +185,10 @@ class Distiller:
         by_row = to_rows(weight)
         if self.settings.get("per_channel_weights"):
             flat = by_row.flatten(1)
-            grid = make_grid(flat.amin(1), flat.amax(1), self.mode_wts, self.bits_wts)
+            grid = make_grid(flat.amin(1), flat.amax(1), self.mode_wts, self.bits_wts, self.everywhere)
             S, Z = (v.reshape(-1, *[1] * (by_row.dim() - 1)) for v in (grid.S, grid.Z))
         else:
-            grid = make_grid(by_row.min(), by_row.max(), self.mode_wts, self.bits_wts)
+            grid = make_grid(by_row.min(), by_row.max(), self.mode_wts, self.bits_wts, self.everywhere)
             S, Z = grid.S, grid.Z
         q = self.agree(name + " weight", S * by_row - Z, grid).q
         S_acc = approximate(x.grid.S * grid.S, self.approx)
@@ -186,7 +203,7 @@ class Distiller:
         return self.output(name, accumulator.clamp(*limits), ratio, following, record)
 
     def rescaled(self, acts: list[Act], out: Grid) -> list[Tensor]:
-        return [a.centered * (out.S / a.grid.S) for a in acts]
+        return [a.centered * approximate(out.S / a.grid.S, self.everywhere) for a in acts]
 
     def add(self, name: str, inputs: list[Act], following: str) -> Act:
         grid = self.grid_of(self.record(name, following), name, half_range=True)
@@ -199,7 +216,7 @@ class Distiller:
 
     def mul(self, name: str, a: Act, b: Act) -> Act:
         S_out = self.grid_of(self.record(name), name).S
-        ratio = approximate(S_out / (a.grid.S * b.grid.S), self.approx)
+        ratio = approximate(S_out / approximate(a.grid.S * b.grid.S, self.everywhere), self.approx)
         return self.output(name, a.centered * b.centered, ratio)
 
     def fake(self, name: str, y: Tensor) -> Act:
@@ -327,6 +344,28 @@ CONFIGS = [
     *({"mode": mode, "bits_weights": 0} for mode in ("sym", "asym_s")),
     {"mode": "asym_u", "bits_weights": 0, "clip_activations": "gauss", "bits_activations": 6},
     {"mode": "sym", "accum_dtype": "float64", "per_channel_weights": True},
+    *(
+        {"mode": mode, "clip_activations": clip, "clip_to_observed": True, "bits_activations": bits}
+        for clip in ("laplace", "gauss")
+        for mode, bits in (("sym", 8), ("asym_u", 8), ("asym_s", 6))
+    ),
+    *({"mode": mode, "symmetric_unsigned": True} for mode in ("sym", "sym_restr")),
+    {"mode_activations": "sym", "mode_weights": "asym_u", "symmetric_unsigned": True, "bits_activations": 4},
+    {"mode": "sym", "symmetric_unsigned": True, "no_quant_layers": ("conv1",), "per_channel_weights": True},
+    {"mode": "sym", "symmetric_unsigned": True, "clip_activations": "laplace", "bits_activations": 6},
+    {
+        "mode": "sym", "symmetric_unsigned": True, "clip_activations": "gauss", "clip_to_observed": True,
+        "scale_approx_bits": 8,
+    },
+    *(
+        {
+            "mode": mode, "scale_approx_bits": bits, "scale_approx_everywhere": True,
+            "per_channel_weights": per_channel,
+        }
+        for mode, bits, per_channel in [
+            ("sym", 8, False), ("asym_u", 4, True), ("asym_s", 3, False), ("sym_restr", 15, True),
+        ]
+    ),
 ]  # fmt: skip
 
 

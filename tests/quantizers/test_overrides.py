@@ -74,6 +74,7 @@ def identity_layer() -> nn.Sequential:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_an_explicit_input_keeps_its_whole_range(mode, dynamic, batch, quantize):
+    """D1: an explicit input took a signed range with an unsigned grid."""
     entry = {"mode": mode, "bits_activations": 4}
     model = quantize(
         identity_layer(),
@@ -354,6 +355,14 @@ def test_given_range_takes_the_place_of_the_weights_own(with_spec):
     assert {int(layer.weight_q.min()), int(layer.weight_q.max())} == {0, 63}
 
 
+@pytest.mark.parametrize(("mode", "steps"), [("sym", 31.5), ("sym_restr", 31)])
+def test_d7_a_given_range_of_weights_has_the_scale_of_its_mode(mode, steps, with_spec):
+    """Distiller gave a restricted grid the scale of the full one."""
+    layer = with_spec(weight=QuantSpec.from_mode(mode, 6), weight_range=(-0.1, 0.1)).plan.layers["0"]
+    assert float(layer.weight.scale) == pytest.approx(0.1 / steps)
+    assert {int(layer.weight_q.min()), int(layer.weight_q.max())} == {-32 + (mode == "sym_restr"), 31}
+
+
 def test_one_range_for_weights_per_channel_is_refused(with_spec):
     with pytest.raises(ConfigError, match="layer '0': one range was given for its per-channel weights"):
         with_spec(weight=QuantSpec.from_mode("sym", 6, axis=0), weight_range=(-0.1, 0.2))
@@ -368,3 +377,16 @@ def test_kinds_of_layers_follow_from_their_bits(batch, quantize):
     }
     kinds = [layer.kind for layer in quantize(net, batch, overrides=overrides).plan.layers.values()]
     assert kinds == [INTEGER, FAKE, WEIGHTS_ONLY, FLOAT]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_e4_a_broad_pattern_sets_what_each_layer_has_a_use_for(dynamic, tiny_net, tiny_batches):
+    """Distiller stopped with a TypeError where a pattern with per_channel_wts or mode hit a ReLU."""
+    overrides = {".*": {"per_channel_weights": True, "mode": "asym_u", "bits_weights": 6}}
+    config = qtool.QuantizeConfig(overrides=overrides, dynamic=dynamic)
+    stats = None if dynamic else qtool.calibrate(tiny_net, tiny_batches)
+    plan = qtool.quantize(tiny_net, stats, config, example=tiny_batches[0]).plan.layers
+    assert plan["conv1"].weight.scale.shape == (8,)
+    outputs = [p.dynamic.output if dynamic else p.output.spec for p in plan.values() if p.dynamic or p.output]
+    assert {spec.mode for spec in outputs} == {"asym_u"}
+    assert len(outputs) > 3

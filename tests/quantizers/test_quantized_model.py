@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import qtool
 from qtool.errors import ModelError, StatsError
@@ -238,12 +239,14 @@ def test_a_file_that_is_no_checkpoint_is_one_line(varied_net, varied_batch, tmp_
 
 @pytest.mark.parametrize("missing", ["up", "mul", "conv1"])
 def test_a_missing_record_names_the_layer(varied_net, varied_stats, missing):
+    """E5: a KeyError with a bare name."""
     layers = {name: layer for name, layer in varied_stats.layers.items() if name != missing}
     with pytest.raises(StatsError, match=f"s.yaml: no entry for '{missing}'"):
         qtool.quantize(varied_net, ModelStats(layers, "s.yaml"), example=torch.rand(2, 3, 8, 8))
 
 
 def test_a_missing_field_names_layer_field_and_mode(varied_net, varied_stats):
+    """E5: a KeyError with a bare field."""
     layers = dict(varied_stats.layers)
     layers["fc"] = replace(layers["fc"], output=replace(layers["fc"].output, b=None))
     config = qtool.QuantizeConfig(clip_activations="laplace")
@@ -256,3 +259,22 @@ def test_a_ratio_that_the_multiplier_holds_exactly_is_kept():
         output = QParams(1 / torch.tensor(float(steps)), torch.tensor(0.0), QuantSpec())
         ratio = Requantize(output, torch.tensor(1 / 128, dtype=torch.float64), scale_approx_bits=8).ratio
         assert float(ratio) == steps / 128
+
+
+@pytest.mark.parametrize("accum_dtype", ["float32", "float64"])
+def test_d12_accumulators_hold_integers_and_in_float64_the_exact_ones(accum_dtype):
+    """Convolution kernels that transform their input (Winograd's) are off by fractions, and more."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, bias=False)).eval().requires_grad_(False)
+    x = torch.rand(32, 32, 16, 16, generator=generator)
+    config = qtool.QuantizeConfig(mode="asym_u", accum_dtype=accum_dtype)
+    layer = qtool.quantize(net, qtool.calibrate(net, [x]), config).network.get_submodule("0")
+    x_q = torch.randint(0, 256, x.shape, generator=generator).float()
+    exact = F.conv2d(x_q.double(), layer.weight.double(), padding=1)
+    with torch.backends.mkldnn.flags(enabled=False):  # other kernels for batches of 16 and more
+        found = layer.accumulate(x_q)
+    assert torch.equal(found, found.round())
+    if accum_dtype == "float64":
+        assert torch.equal(found, exact)
+    else:
+        assert (found - exact).abs().max() < 1e-5 * exact.abs().max()

@@ -65,6 +65,7 @@ def test_no_clip_of_a_layer_unclips_its_fresh_input(quantized, varied_stats):
 
 @pytest.mark.parametrize("clip", ["laplace", "gauss"])
 def test_a_fresh_input_has_its_full_range_even_in_front_of_a_fused_relu(quantized, varied_stats, clip):
+    """D5: it had half a range if the output did."""
     record = varied_stats.input("conv1", 0)
     grid = quantized(mode="asym_u", clip_activations=clip).plan.layers["conv1"].inputs[0]
     alpha = {"laplace": 9.89 * record.b, "gauss": 3.92 * record.std}[clip]
@@ -73,6 +74,7 @@ def test_a_fresh_input_has_its_full_range_even_in_front_of_a_fused_relu(quantize
 
 
 def test_a_fresh_tensor_is_put_on_a_grid_of_each_reader():
+    """D8: both readers got the grid of whichever ran first."""
     net = Function(lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1))
     x = torch.randn(4, 3, 5, 5)
     model = quantize(net, x, overrides={"b": {"bits_activations": 4}})

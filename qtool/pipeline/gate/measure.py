@@ -162,7 +162,7 @@ class Bench:
         return self._float_results[number]
 
     def _stats_for(self, config: Config) -> ModelStats | None:
-        ranges = runs.find_ranges(config, self._subject, self._evaluation)
+        ranges = runs.find_ranges(config, self._subject, self._traced, self._evaluation)
         if ranges.calibration is None:
             return ranges.given
         key = config.calibration

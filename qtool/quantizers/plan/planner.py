@@ -1,0 +1,246 @@
+"""Decide, layer by layer, how a network is quantized: specs and statistics -> LayerPlans.
+
+Nothing is computed on activations here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from qtool.graph import ops
+from qtool.graph.fold import output_channels_first
+from qtool.graph.neighbours import edit_stats, fused_activations
+from qtool.graph.trace import layers, tensor_inputs
+from qtool.numerics.affine import approximate_multiplier
+from qtool.numerics.spec import LayerSpec, QParams
+from qtool.observers.stats import ModelStats
+from qtool.quantizers.modules import exact_ratio
+from qtool.quantizers.plan.asked import asked_of_inputs, find_never_negative
+from qtool.quantizers.plan.grids import Grids
+from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind, quantizes_output
+from qtool.quantizers.plan.records import (
+    CAST,
+    EMBEDDING,
+    FAKE,
+    FLOAT,
+    IDENTITY,
+    INTEGER,
+    WEIGHTS_ONLY,
+    LayerPlan,
+    ModelPlan,
+)
+from qtool.quantizers.weights import (
+    accumulator_bits,
+    fake_quantize_bias,
+    quantize_bias,
+    quantize_weight,
+)
+
+# Accumulators of operations other than convolutions and linear layers are never narrower.
+OP_ACCUM_BITS = 32
+
+
+def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> ModelPlan:
+    """Decide what becomes of every layer of a network whose batch norms are folded.
+
+    Args:
+        traced: from trace and fold_batch_norms.
+        stats: of the same network, moved along with the folding.
+        specs: what is asked, by layer name; a layer without one stays in float.
+
+    Raises:
+        StatsError: if a record or field that is needed is missing.
+        ConfigError: if a setting cannot be honoured for a layer.
+    """
+    return _Planner(traced, stats, specs).run()
+
+
+def output_ranges(
+    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]
+) -> dict[str, tuple[float, float]]:
+    """The (min, max) that each output on a grid is given, by layer; arguments as for plan_model."""
+    planner = _Planner(traced, stats, specs)
+    found = {}
+    for name, node, _ in layers(traced):
+        if quantizes_output(node, specs.get(name)) and name not in planner.identities:
+            x_min, x_max = planner.chosen.output_range(name, node, specs[name])
+            found[name] = (float(x_min), float(x_max))
+    return found
+
+
+class _Planner:
+    """Walks the layers in the order of execution; grids holds the grid of every value so far."""
+
+    def __init__(self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> None:
+        self.traced = traced
+        self.specs = specs
+        quantized = {n for n, node, _ in layers(traced) if quantizes_output(node, specs.get(n))}
+        self.fused = fused_activations(traced, quantized)
+        self.identities = {activation for activation, _ in self.fused.values()}
+        self.identities |= {n for n, node, _ in layers(traced) if self._is_left_out(n, node)}
+        # A layer that becomes part of the one in front of it gives that one's values.
+        self.stats = edit_stats(traced, stats, quantized)
+        self.never_negative = find_never_negative(traced, specs, quantized, self.fused)
+        self.chosen = Grids(self.stats, self.fused, self.never_negative)
+        self.grids: dict[fx.Node, QParams | None] = {}
+        self.plans: dict[str, LayerPlan] = {}
+
+    def run(self) -> ModelPlan:
+        modules = {name: module for name, _, module in layers(self.traced)}
+        for node in self.traced.graph.nodes:
+            name = node.meta.get("layer")
+            if name is None:
+                self.grids[node] = self._kept_grid(node)
+                continue
+            plan = self._plan(name, node, modules[name])
+            self.plans[name] = plan
+            self.grids[node] = self._kept_grid(node) if plan.kind == IDENTITY else _grid_of_result(plan)
+        return ModelPlan(self.plans, self.stats)
+
+    def _is_left_out(self, name: str, node: fx.Node) -> bool:
+        return layer_kind(node, self.specs.get(name), fused_away=False)[0] == IDENTITY
+
+    def _kept_grid(self, node: fx.Node) -> QParams | None:
+        """The grid of a value that was not computed: only the likes of dropout hand it on."""
+        if node.meta["op"] in ops.KEEPS_GRID or node.meta.get("layer") in self.identities:
+            return self.grids[tensor_inputs(node)[0]]
+        return None
+
+    def _plan(self, name: str, node: fx.Node, module: nn.Module) -> LayerPlan:
+        spec = self.specs.get(name)
+        kind, note = layer_kind(node, spec, name in self.identities)
+        op: str = node.meta["op"]
+        if spec is None or kind in (FLOAT, IDENTITY):
+            return LayerPlan(kind, op, note=note)
+        if kind == CAST:
+            return LayerPlan(CAST, op, inputs=(None,) * len(tensor_inputs(node)), float_bits=spec.float_bits)
+        if kind == EMBEDDING:
+            return self._plan_embedding(name, node, module, spec)
+        if kind == WEIGHTS_ONLY:
+            return self._plan_weights_only(name, node, module, spec)
+        if kind == FAKE:
+            return self._plan_fake(name, node, spec, op)
+        if op in WEIGHTED:
+            return self._plan_weighted(name, node, module, spec)
+        return self._plan_integer_op(name, node, spec)
+
+    def _plan_weighted(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
+        assert spec.weight is not None
+        fresh = self._fresh_inputs(name, node, spec)
+        grid = fresh[0] or self.grids[tensor_inputs(node)[0]]
+        assert grid is not None
+        weight, weight_q = self._weight(name, module, spec)
+        steps_per_unit = 1 / (grid.scale.double() * weight.scale.double())
+        if spec.scale_approx_bits is not None:
+            steps_per_unit = approximate_multiplier(exact_ratio(steps_per_unit), spec.scale_approx_bits)
+        bias = getattr(module, "bias", None)
+        bias_q = None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits)
+        needed = accumulator_bits(grid, weight, weight_q, bias_q)
+        return LayerPlan(
+            INTEGER,
+            node.meta["op"],
+            inputs=fresh,
+            output=self.chosen.of_output(name, node, spec),
+            activation=self._activation(name),
+            weight=weight,
+            weight_q=weight_q,
+            float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
+            bias_q=bias_q,
+            note=f"its sums can need {needed} bits" if needed > spec.accum_bits else "",
+            accum_scale=1 / steps_per_unit,
+            accum_bits=spec.accum_bits,
+            accum_float64=spec.accum_float64 or beyond_float32(grid.spec, weight.spec),
+            scale_approx_bits=spec.scale_approx_bits,
+        )
+
+    def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
+        assert spec.weight is not None
+        weight, weight_q = self._weight(name, module, spec)
+        bias = getattr(module, "bias", None)
+        return LayerPlan(
+            WEIGHTS_ONLY,
+            node.meta["op"],
+            inputs=(None,) * len(tensor_inputs(node)),
+            weight=weight,
+            weight_q=weight_q,
+            activation=self._activation(name),
+            float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
+            bias=None if bias is None else fake_quantize_bias(bias, spec.accum_bits),
+        )
+
+    def _plan_embedding(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
+        assert spec.weight is not None
+        # Its output is rows of the table: what calibration saw of it says which values matter.
+        record = self.stats.layers[name].output if name in self.stats.layers else None
+        seen = None if record is None else (record.min, record.max)
+        asked = replace(spec, weight_range=seen, weight_clip=None, weight_range_factors=None)
+        weight, weight_q = quantize_weight(name, module, replace(spec.weight, axis=None), asked)
+        kept = output_channels_first(module).clone() if spec.keep_float_weight else None
+        return LayerPlan(
+            EMBEDDING, node.meta["op"], output=weight, weight=weight, weight_q=weight_q, float_weight=kept
+        )
+
+    def _plan_integer_op(self, name: str, node: fx.Node, spec: LayerSpec) -> LayerPlan:
+        fresh = self._fresh_inputs(name, node, spec)
+        grids = [f or self.grids[s] for f, s in zip(fresh, tensor_inputs(node), strict=True)]
+        accum_scale = torch.tensor(1.0, dtype=torch.float64)
+        for grid in grids:
+            assert grid is not None
+            accum_scale = accum_scale * grid.scale.double()
+        if spec.everywhere_bits is not None:
+            accum_scale = 1 / approximate_multiplier(exact_ratio(1 / accum_scale), spec.everywhere_bits)
+        return LayerPlan(
+            INTEGER,
+            node.meta["op"],
+            inputs=fresh,
+            output=self.chosen.of_output(name, node, spec),
+            activation=self._activation(name),
+            accum_scale=accum_scale,
+            accum_bits=max(OP_ACCUM_BITS, spec.accum_bits),
+            scale_approx_bits=spec.scale_approx_bits,
+            everywhere_bits=spec.everywhere_bits,
+        )
+
+    def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:
+        # A convolution whose weights stay in float takes its inputs as they come.
+        takes_as_is = (op in WEIGHTED and spec.float_bits is None) or not spec.quantize_inputs
+        sources = tensor_inputs(node)
+        inputs = (None,) * len(sources) if takes_as_is else self._fresh_inputs(name, node, spec)
+        # So do parameters, such as those of a layer norm.
+        inputs = tuple(None if source.op == "get_attr" else inputs[i] for i, source in enumerate(sources))
+        return LayerPlan(
+            FAKE,
+            op,
+            inputs=inputs,
+            output=self.chosen.of_output(name, node, spec),
+            activation=self._activation(name),
+            float_bits=spec.float_bits,
+        )
+
+    def _weight(self, name: str, module: nn.Module, spec: LayerSpec) -> tuple[QParams, Tensor]:
+        assert spec.weight is not None
+        return quantize_weight(name, module, spec.weight, spec)
+
+    def _activation(self, name: str) -> str | None:
+        if name in self.fused:
+            return self.fused[name][1]
+        spec = self.specs.get(name)
+        # Half range that the user asked for stands for a ReLU, as one in front of it would.
+        return "relu" if spec is not None and spec.clip.half_range else None
+
+    def _fresh_inputs(self, name: str, node: fx.Node, spec: LayerSpec) -> tuple[QParams | None, ...]:
+        """Grids for the inputs that arrive in float, from this layer's own records of them."""
+        on_grid = [self.grids[s] is not None for s in tensor_inputs(node)]
+        asked = asked_of_inputs(name, node, spec, on_grid, self.never_negative)
+        return tuple(
+            None if one is None else self.chosen.of_input(name, index, one, spec)
+            for index, one in enumerate(asked)
+        )
+
+
+def _grid_of_result(plan: LayerPlan) -> QParams | None:
+    return plan.output if plan.kind in (INTEGER, FAKE, EMBEDDING) else None
