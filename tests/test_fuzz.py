@@ -14,7 +14,9 @@ import qtool
 from qtool.config import Config, QuantizeConfig, check, dump_config, layer_specs, load_config
 from qtool.errors import QtoolError, StatsError
 from qtool.graph.trace import layers, trace
-from qtool.observers.stats import ModelStats, read_stats, write_stats
+from qtool.observers.files import read_stats
+from qtool.observers.stats import ModelStats
+from qtool.observers.stats_yaml import write_stats
 
 NAMES = ("conv1", "relu", "layer1.0.conv1", "layer1.0.add", "fc")
 OVERRIDES = {

@@ -1,34 +1,26 @@
-"""What calibration measured, and the YAML files that hold it.
+"""What calibration measured: of a tensor, a layer, a network.
 
-The file has Distiller's schema: layer name -> `inputs` (0, 1, ...) and `output`, each a record of
-min, max, avg_min, avg_max, mean, std, b, shape, total_numel. Files written by Distiller are read as
-they are; a field that an old one lacks is None and is asked for only when something needs it.
-
-Beside the layers there is one entry `.qtool`, with the fingerprint of what was measured. It is a
-mapping, so that other facts about a whole file can join it; keys that are not known are ignored.
+A record has Distiller's fields, and where qtool measured it also a histogram and the extremes of images
+and channels. A field that an old file lacks is None and is asked for only when something needs it.
 """
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from qtool.errors import StatsError, nearest
 from qtool.numerics.histogram import Histogram
-from qtool.observers.fingerprint import HEADER, Fingerprint, fingerprint_tree, read_fingerprint
+from qtool.observers.fingerprint import Fingerprint
 
 Floats: TypeAlias = "NDArray[np.float32]"
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+RECALIBRATE = "run 'qtool calibrate' again"
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,71 @@ class ActivationStats:
             channel_max=all_inside(self.channel_max),
         )
 
+    def merge(self, other: ActivationStats) -> ActivationStats:
+        """The record of the images of both, as if they had been measured together.
+
+        All fields are exact to float64 but b: each side's is moved from its own mean to the common one
+        through its histogram (see Histogram.mean_deviation_moved for the bound).
+
+        Raises:
+            ValueError: if the shapes differ, or a field is missing on one side.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"tensors of shape {self.shape} and {other.shape} have no common statistics")
+        (a, low_a, high_a), (b, low_b, high_b) = _complete(self), _complete(other)
+        count = a.numel + b.numel
+        mean = (a.numel * a.mean + b.numel * b.mean) / count
+        variance = sum(part.numel * (part.std**2 + (part.mean - mean) ** 2) for part in (a, b)) / count
+        deviation = sum(
+            part.numel * part.histogram.mean_deviation_moved(part.b, part.mean, mean) for part in (a, b)
+        )
+        low, high = np.concatenate([low_a, low_b]), np.concatenate([high_a, high_b])
+        single = count == len(low)
+        smallest, largest = min(self.min, other.min), max(self.max, other.max)
+        return replace(
+            self,
+            min=smallest,
+            max=largest,
+            avg_min=smallest if single else math.fsum(low) / len(low),
+            avg_max=largest if single else math.fsum(high) / len(high),
+            mean=mean,
+            std=math.sqrt(variance),
+            b=deviation / count,
+            total_numel=count,
+            histogram=a.histogram.merge(b.histogram),
+            image_min=low,
+            image_max=high,
+            channel_min=_joined(np.minimum, self.channel_min, other.channel_min),
+            channel_max=_joined(np.maximum, self.channel_max, other.channel_max),
+        )
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """The fields of a record that are needed to merge it."""
+
+    numel: int
+    mean: float
+    std: float
+    b: float
+    histogram: Histogram
+
+
+def _complete(record: ActivationStats) -> tuple[_Moments, Floats, Floats]:
+    needed = ("total_numel", "mean", "std", "b", "histogram", "image_min", "image_max")
+    missing = [name for name in needed if getattr(record, name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing, so that it cannot be merged")
+    assert record.total_numel is not None and record.mean is not None and record.std is not None
+    assert record.b is not None and record.histogram is not None
+    assert record.image_min is not None and record.image_max is not None
+    moments = _Moments(record.total_numel, record.mean, record.std, record.b, record.histogram)
+    return moments, record.image_min, record.image_max
+
+
+def _joined(ufunc: Callable[[Floats, Floats], Floats], a: Floats | None, b: Floats | None) -> Floats | None:
+    return None if a is None or b is None or a.shape != b.shape else ufunc(a, b)
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -117,7 +174,7 @@ class ModelStats:
         record = self._layer(name).output
         if record is None:
             raise StatsError(
-                f"{self.source}: layer {name!r} has no record of its output; {_RECALIBRATE} "
+                f"{self.source}: layer {name!r} has no record of its output; {RECALIBRATE} "
                 "(the output of a layer with a folded batch norm is that of the batch norm)"
             )
         return record
@@ -131,7 +188,7 @@ class ModelStats:
         inputs = self._layer(name).inputs
         if index not in inputs:
             raise StatsError(
-                f"{self.source}: layer {name!r} has no record of its input {index}; {_RECALIBRATE}"
+                f"{self.source}: layer {name!r} has no record of its input {index}; {RECALIBRATE}"
             )
         return inputs[index]
 
@@ -148,157 +205,6 @@ class ModelStats:
                 "the file must be of the same network, measured with 'qtool calibrate'"
             )
         return self.layers[name]
-
-
-_RECALIBRATE = "run 'qtool calibrate' again"
-_NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
-_FIELD_NAMES = tuple(f.name for f in fields(ActivationStats) if f.compare)
-
-
-def write_stats(stats: ModelStats) -> str:
-    """The text of a stats YAML."""
-    tree: dict[str, Any] = {} if stats.fingerprint is None else {HEADER: _header_tree(stats.fingerprint)}
-    tree |= {
-        name: {
-            **({"inputs": {i: _record_tree(r) for i, r in layer.inputs.items()}} if layer.inputs else {}),
-            **({"output": _record_tree(layer.output)} if layer.output is not None else {}),
-        }
-        for name, layer in stats.layers.items()
-    }
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False))
-
-
-def _header_tree(fingerprint: Fingerprint) -> dict[str, Any]:
-    return {"fingerprint": fingerprint_tree(fingerprint)}
-
-
-def _record_tree(record: ActivationStats) -> dict[str, Any]:
-    values = {name: getattr(record, name) for name in _FIELD_NAMES}
-    if record.shape is not None:
-        values["shape"] = str(tuple(record.shape))
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def read_stats(path: Path) -> ModelStats:
-    """Read a stats YAML.
-
-    Raises:
-        StatsError: if the file cannot be read, is not YAML, or holds anything but records; all
-            malformed records are reported together (the first few), each by layer and field.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_depth(text)
-        tree = yaml.load(text, Loader=_Loader)
-    except OSError as error:
-        raise StatsError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StatsError(f"{path}: not a text file; a stats YAML is wanted") from error
-    # A wrong tag, such as `!!int ""`, ends in a LookupError or AttributeError.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise StatsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or not tree:
-        raise StatsError(f"{path}: no layers found; a mapping of layer names to records is wanted")
-    problems: list[str] = []
-    fingerprint = _read_header(tree.pop(HEADER, None), problems)
-    layers = {str(name): _read_layer(str(name), node, problems) for name, node in tree.items()}
-    if problems:
-        rest = f"\n... and {len(problems) - 5} more such problems" if len(problems) > 5 else ""
-        raise StatsError("\n".join(f"{path}: {p}" for p in problems[:5]) + rest)
-    return ModelStats(layers, str(path), fingerprint)
-
-
-def _check_depth(text: str) -> None:
-    """Refuse absurd nesting, for which the fast loader would crash the interpreter."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 100:
-            raise ValueError("nested more than 100 levels deep")
-
-
-def _read_header(node: Any, problems: list[str]) -> Fingerprint | None:
-    if not isinstance(node, dict | None):
-        problems.append(f"{HEADER}: found {_kind(node)}; a mapping is wanted")
-    elif node is not None and node.get("fingerprint") is not None:
-        try:
-            return read_fingerprint(node["fingerprint"])
-        except ValueError as error:
-            problems.append(f"{HEADER}.fingerprint: {error}")
-    return None
-
-
-def _read_layer(name: str, node: Any, problems: list[str]) -> LayerStats:
-    if not isinstance(node, dict):
-        problems.append(f"{name}: found {_kind(node)}; a mapping with 'inputs' and 'output' is wanted")
-        return LayerStats()
-    inputs = {} if node.get("inputs") is None else node["inputs"]
-    if not isinstance(inputs, dict) or not all(type(i) is int for i in inputs):
-        problems.append(f"{name}.inputs: a mapping with keys 0, 1, ... is wanted")
-        inputs = {}
-    records = {i: _read_record(f"{name}.inputs.{i}", tree, problems) for i, tree in inputs.items()}
-    output = node.get("output")
-    return LayerStats(
-        {i: r for i, r in records.items() if r is not None},
-        None if output is None else _read_record(f"{name}.output", output, problems),
-    )
-
-
-def _read_record(where: str, tree: Any, problems: list[str]) -> ActivationStats | None:
-    if not isinstance(tree, dict):
-        problems.append(f"{where}: found {_kind(tree)}; a record with min, max, ... is wanted")
-        return None
-    before = len(problems)
-    numbers = {name: _read_number(f"{where}.{name}", tree.get(name), problems) for name in _NUMBERS}
-    for name in ("min", "max"):
-        if tree.get(name) is None:
-            problems.append(f"{where}: field {name!r} is missing")
-    shape = _read_shape(f"{where}.shape", tree.get("shape"), problems)
-    numel = tree.get("total_numel")
-    if numel is not None and (not isinstance(numel, int) or numel < 0):
-        problems.append(f"{where}.total_numel: found {numel!r}; a count is wanted")
-    low, high = numbers.pop("min"), numbers.pop("max")
-    if low is not None and high is not None and low > high:
-        problems.append(f"{where}: min {low:g} is greater than max {high:g}")
-    for name in ("std", "b"):
-        if (numbers[name] or 0) < 0:
-            problems.append(f"{where}.{name}: found {numbers[name]:g}; it cannot be negative")
-    if len(problems) > before or low is None or high is None:
-        return None
-    fields_found: dict[str, Any] = {**numbers, "shape": shape, "total_numel": numel}
-    return ActivationStats(low, high, **fields_found)
-
-
-def _read_number(where: str, value: Any, problems: list[str]) -> float | None:
-    if value is None:
-        return None
-    try:
-        # YAML 1.1 takes 1e-05, as other writers spell it, for text.
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        problems.append(f"{where}: found {_kind(value)}; a number is wanted")
-        return None
-    if not math.isfinite(number):
-        problems.append(f"{where}: found {value!r}; a finite number is wanted, {_RECALIBRATE}")
-        return None
-    return number
-
-
-def _read_shape(where: str, value: Any, problems: list[str]) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        shape = tuple(ast.literal_eval(value) if isinstance(value, str) else value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        shape = ("?",)
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        problems.append(f"{where}: found {value!r}; a shape such as (1, 3, 224, 224) is wanted")
-        return None
-    return shape
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:60]
 
 
 def records(stats: ModelStats) -> Iterator[tuple[str, ActivationStats]]:

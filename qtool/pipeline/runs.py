@@ -20,7 +20,9 @@ from qtool.config import Config
 from qtool.data.loader import Loader
 from qtool.errors import ConfigError
 from qtool.numerics.spec import LayerSpec
-from qtool.observers.stats import ModelStats, read_stats, write_stats
+from qtool.observers.files import read_stats
+from qtool.observers.stats import ModelStats
+from qtool.observers.stats_yaml import write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.coverage import coverage
 from qtool.pipeline.describe import layer_quant_params, layer_table
@@ -38,6 +40,7 @@ from qtool.pipeline.inputs import (
 )
 from qtool.pipeline.provenance import check_origin, fingerprint_of
 from qtool.pipeline.searches import open_search, quantize_with_lapq
+from qtool.pipeline.stats_files import STATS_FILE, save_stats
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, confusion_csv, table
@@ -45,7 +48,6 @@ from qtool.run_dir import check_writable, log_to, make_run_dir, write_text, writ
 
 LOG = logging.getLogger("qtool")
 
-STATS_FILE = "acts_quantization_stats.yaml"
 EDITED_STATS_FILE = "quant_stats_after_prepare_model.yaml"
 LAYER_PARAMS_FILE = "layer_quant_params.yaml"
 CONFIG_FILE = "config.yaml"
@@ -74,7 +76,7 @@ def calibrate(config: Config) -> Outcome:
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         stats = measure_stats(config, traced, images)
-        path = write_text(folder / STATS_FILE, write_stats(stats))
+        path = save_stats(stats, folder / STATS_FILE)
     return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {images.words}\n{path}", folder)
 
 
@@ -162,7 +164,7 @@ def find_stats(config: Config, traced: fx.GraphModule, ranges: Ranges, folder: P
         stats = read_stats(earlier)
     else:
         stats = measure_stats(config, traced, ranges.calibration)
-    write_text(folder / STATS_FILE, write_stats(stats))
+    save_stats(stats, folder / STATS_FILE)
     return stats
 
 

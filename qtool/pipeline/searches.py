@@ -31,7 +31,8 @@ from qtool.data.calibration_set import calibration_indices, overlap
 from qtool.data.datasets import check_outputs
 from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec
-from qtool.observers.stats import ModelStats, write_stats
+from qtool.observers.stats import ModelStats
+from qtool.observers.stats_yaml import write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.inputs import Images, Subject, open_calibration, shared_images, weights_sha256
 from qtool.quantizers.prepare import QuantizedModel

@@ -10,7 +10,7 @@ import yaml
 from qtool.config import Config, QuantizeConfig, check, dump_config, layer_specs, load_config
 from qtool.errors import ConfigError
 from qtool.numerics.spec import ClipSpec, InputSpec, QuantSpec
-from qtool.observers.stats import read_stats
+from qtool.observers.files import read_stats
 
 STATS = "resnet18_quant_stats.yaml"
 # conv1 and fc in 8 bits, or the additions, or the last layer not clipped: the runs that the file lists.

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from qtool.errors import StatsError
+from qtool.observers.files import read_stats
 from qtool.observers.fingerprint import (
     HEADER,
     Fingerprint,
@@ -13,7 +14,8 @@ from qtool.observers.fingerprint import (
     fingerprint_tree,
     read_fingerprint,
 )
-from qtool.observers.stats import ActivationStats, LayerStats, ModelStats, read_stats, write_stats
+from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
+from qtool.observers.stats_yaml import write_stats
 
 STEPS = {"resize": 256, "crop": None, "mean": (0.5, 0.25), "interpolation": "bilinear"}
 FULL = Fingerprint(((2, 3, 224, 224),), "abc", "def", "123", STEPS)
@@ -38,7 +40,7 @@ def test_a_file_without_one_is_read_as_before(tmp_path):
 
 
 def test_other_keys_of_the_header_are_left_to_newer_versions(tmp_path):
-    tree = {HEADER: {"histograms": "h.npz", "fingerprint": {**fingerprint_tree(FULL), "more": 1}}}
+    tree = {HEADER: {"later": "h.npz", "fingerprint": {**fingerprint_tree(FULL), "more": 1}}}
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({**tree, "conv": {"output": {"min": -1, "max": 1}}}))
     assert read_stats(path).fingerprint == FULL

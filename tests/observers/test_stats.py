@@ -9,7 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qtool.errors import StatsError
-from qtool.observers.stats import ActivationStats, LayerStats, ModelStats, read_stats, records, write_stats
+from qtool.observers import stats_yaml
+from qtool.observers.files import read_stats
+from qtool.observers.stats import ActivationStats, LayerStats, ModelStats, records
+from qtool.observers.stats_yaml import write_stats
 
 EDITS = yaml.safe_load((Path(__file__).parents[1] / "golden" / "edits.yaml").read_text(encoding="utf-8"))
 
@@ -238,3 +241,39 @@ def test_missing_record_is_named(look_up, message):
     with pytest.raises(StatsError) as caught:
         look_up()
     assert str(caught.value).startswith(message)
+
+
+names = st.text(min_size=1, max_size=12) | st.sampled_from(
+    ["0", "on", "Null", "a.b", "layer1.0.conv1", "-", "a:"]
+)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.dictionaries(names, st.tuples(numbers, numbers, numbers.map(abs)), min_size=1, max_size=4))
+def test_the_quick_way_of_reading_and_yaml_itself_agree(content):
+    layers = {}
+    for name, (a, b, spread) in content.items():
+        record = ActivationStats(min(a, b), max(a, b), std=spread, shape=(1, 2), total_numel=2)
+        layers[name] = LayerStats({0: record, 1: record}, record)
+    text = write_stats(ModelStats(layers))
+    quick = stats_yaml._quick_tree(text)
+    assert quick == yaml.safe_load(text) or (
+        quick is None and not all(n.isascii() and n.isprintable() for n in content)
+    )
+    assert stats_yaml.parse_stats(text, "s.yaml")[0].layers == layers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fc: {output: {min: 0, max: 1}}",
+        "fc:\n  output:\n    min: 0\n    max: 1\n    min: 2",
+        "fc:\n  output:\n    min: .inf",
+        "on:\n  output:\n    min: 0",
+        "fc:\n  output:\n      min: 0",
+        "fc:\n  inputs:\n    0:\n      min: 0x10",
+        "fc:\n  output: # c\n    min: 0",
+    ],
+)
+def test_files_laid_out_in_another_way_are_left_to_yaml(text):
+    assert stats_yaml._quick_tree(text) is None
