@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from qtool.config import SECTIONS, Config, load_config, options_of
+from qtool.config import DEVICE_OPTIONS, SECTIONS, Config, load_config, options_of
 from qtool.config.options import PositiveFloat
 from qtool.errors import QtoolError
 
@@ -31,14 +31,17 @@ class QtoolCommand(click.Command):
     """A command whose help groups options by section, and whose errors are one message."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _spread_lists(args, self))
+        rest = super().parse_args(ctx, _spread_lists(args, self))
+        _merge_spellings(self, ctx.params)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         grouped: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                grouped.setdefault(_HEADINGS.get(param.name or "", "General"), []).append(record)
+                name = param.stands_for if isinstance(param, SpellingOption) else param.name
+                grouped.setdefault(_HEADINGS.get(name or "", "General"), []).append(record)
         for heading, records in grouped.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -85,6 +88,19 @@ def _spread_lists(args: list[str], command: click.Command) -> list[str]:
             first = False
         spread.append(arg)
     return spread
+
+
+def _merge_spellings(command: click.Command, params: dict[str, Any]) -> None:
+    """Give what was said with another spelling of an option to the option itself."""
+    spellings = [p for p in command.params if isinstance(p, SpellingOption)]
+    for target in {p.stands_for for p in spellings}:
+        (itself,) = (p for p in command.params if p.name == target)
+        others = [p for p in spellings if p.stands_for == target]
+        given = {p.opts[0]: params[str(p.name)] for p in (itself, *others)}
+        _refuse_together(given)
+        params[target] = next((value for value in given.values() if value is not None), None)
+        for other in others:
+            del params[str(other.name)]
 
 
 class QtoolGroup(click.Group):
@@ -134,6 +150,14 @@ class QtoolOption(click.Option):
         return extra
 
 
+class SpellingOption(QtoolOption):
+    """Another spelling of an option; the command is given only that option."""
+
+    def __init__(self, *args: Any, stands_for: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stands_for = stands_for
+
+
 def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of some sections, and -c."""
 
@@ -144,6 +168,15 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
                 continue
             has_default = not (default is None or default is False or default == ())
             shown = opt.shown_default or (str(default) if has_default else None)
+            for flag, help_text in reversed(opt.spellings):
+                command = click.option(
+                    flag,
+                    cls=SpellingOption,
+                    stands_for=name,
+                    type=opt.type,
+                    metavar=opt.metavar,
+                    help=help_text,
+                )(command)
             command = click.option(
                 *opt.flags,
                 name,
@@ -195,6 +228,7 @@ DEFAULT_CONFIG = Path("qtool.yaml")
 
 
 def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    _refuse_together({f"--{name}": flags.get(name) for name in DEVICE_OPTIONS})
     if config_file is None and DEFAULT_CONFIG.is_file():
         LOG.info("settings from %s", DEFAULT_CONFIG)
         config_file = DEFAULT_CONFIG

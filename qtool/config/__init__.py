@@ -5,6 +5,7 @@ from qtool.config.load import dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
 from qtool.config.searches import check_search, with_settings_of_layers
 from qtool.config.sections import (
+    DEVICE_OPTIONS,
     SECTIONS,
     CalibrationConfig,
     Config,
@@ -17,6 +18,7 @@ from qtool.config.sections import (
 )
 
 __all__ = [
+    "DEVICE_OPTIONS",
     "SECTIONS",
     "CalibrationConfig",
     "Config",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,15 @@ from qtool.config.distiller import (
     find_quantizer,
 )
 from qtool.config.options import Numbers, Option, Shape, is_input_path, options_of
-from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, Config, QuantizeConfig
+from qtool.config.sections import (
+    DEVICE_OPTIONS,
+    INPUT_SETTINGS,
+    OVERRIDABLE,
+    SECTIONS,
+    Config,
+    QuantizeConfig,
+    RunConfig,
+)
 from qtool.config.yaml_file import Lines, parse
 from qtool.errors import ConfigError, nearest
 
@@ -44,21 +54,33 @@ def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = No
     unknown = [name for name in flags if name not in known]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
+    given = {name for name, value in flags.items() if value not in (None, ())}
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if path is not None:
-        values |= read_sections(path)
+        values |= read_sections(path, given)
     if quantizer_file is not None:
-        values["quantizers"] = _read_quantizer(quantizer_file)
+        values["quantizers"] = _read_quantizer(quantizer_file, given)
     for section, cls in SECTIONS.items():
         for name, _, described in options_of(cls):
-            if flags.get(name) in (None, ()):
+            if name not in given:
                 continue
             in_file = values[section].get(name, flags[name])
             if in_file != flags[name]:
                 flag = _as_flag(name, described, flags[name])
                 LOG.info("%s wins over the file, which has %s", flag, _in_words(in_file))
             values[section][name] = flags[name]
+            if name in DEVICE_OPTIONS and flags[name] is not False:
+                _drop_other_devices(values[section], name, _as_flag(name, described, flags[name]))
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+
+
+def _drop_other_devices(values: dict[str, Any], name: str, flag: str) -> None:
+    """Take a file's other answers to the question of the device out of its values."""
+    for other in DEVICE_OPTIONS:
+        if other != name and other in values:
+            dropped = values.pop(other)
+            if dropped != getattr(RunConfig, other):
+                LOG.info("%s wins over the file, which has %s: %s", flag, other, dropped)
 
 
 def _as_flag(name: str, described: Option, value: Any) -> str:
@@ -78,14 +100,18 @@ def _in_words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+def read_sections(path: Path, given: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """The values that a file gives, by section and option.
+
+    Args:
+        path: the file.
+        given: options that flags win, so that a variable in their paths need not be set.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     tree, lines = parse(path)
-    reader = Reader(path, lines)
+    reader = Reader(path, lines, given)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, body in tree.items():
         if section not in SECTIONS:
@@ -98,10 +124,10 @@ def read_sections(path: Path) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _read_quantizer(path: Path) -> dict[str, Any]:
+def _read_quantizer(path: Path, given: Collection[str]) -> dict[str, Any]:
     """The quantizer of a file: Distiller's component, or the section `quantizers` of qtool's own form."""
     tree, lines = parse(path)
-    reader = Reader(path, lines)
+    reader = Reader(path, lines, given)
     found = find_quantizer(tree)
     if found is None and isinstance(tree.get("quantizers"), dict):
         found = ("quantizers",), tree["quantizers"]
@@ -118,9 +144,10 @@ def _read_quantizer(path: Path) -> dict[str, Any]:
 class Reader:
     """Turns the mappings of one file to checked values, and gathers what is wrong with it."""
 
-    def __init__(self, path: Path, lines: Lines) -> None:
+    def __init__(self, path: Path, lines: Lines, given: Collection[str] = ()) -> None:
         self.path = path
         self.lines = lines
+        self.given = given
         self.problems: list[tuple[int, str]] = []
 
     def note(self, place: Place, text: str) -> None:
@@ -141,11 +168,21 @@ class Reader:
         """The values of one section."""
         if name != "quantizers":
             known = {n: d for n, _, d in options_of(SECTIONS[name])}
-            return self.settings(body, (name,), name, known)
+            values = self.settings(body, (name,), name, known)
+            if name == "run":
+                self._check_devices(values)
+            return values
         found = find_quantizer({name: body})
         if found is not None and len(body) > 1:
             self.note((name,), f"{name}: more than one quantizer; one is wanted")
         return self.quantizer(*reversed(found)) if found else self.quantizer(body, (name,))
+
+    def _check_devices(self, values: Mapping[str, Any]) -> None:
+        defaults = {name: getattr(RunConfig, name) for name in DEVICE_OPTIONS}
+        chosen = [name for name in DEVICE_OPTIONS if values.get(name, defaults[name]) != defaults[name]]
+        if len(chosen) > 1:
+            text = f"{' and '.join(chosen)} both say where the network runs; keep one of them"
+            self.note(("run", chosen[-1]), f"run: {text}")
 
     def quantizer(self, body: Mapping[Any, Any], place: Place) -> dict[str, Any]:
         """The values of a quantizer, in qtool's or Distiller's spelling."""
@@ -196,6 +233,9 @@ class Reader:
                 self.note(here, f"{where}.{index}.from_output: found {found!r}; true or false is wanted")
             elif settings.get("from_output"):
                 values[int(index)] = {"from_output": True}
+            elif isinstance(settings.get("mode"), dict):
+                found = settings["mode"]
+                self.note(here, f"{where}.{index}.mode: found {found}; an input has one mode, such as asym_u")
             else:
                 plain = {k: v for k, v in settings.items() if k != "from_output"}
                 values[int(index)] = self.settings(plain, here, f"{where}.{index}", known)
@@ -227,6 +267,9 @@ class Reader:
                         if values.get(name) not in (None, parsed):
                             raise _Problem(f"{value} contradicts another key of this setting: {values[name]}")
                         values[name] = parsed
+                    except _UnsetVariable as problem:
+                        if name not in self.given:
+                            self.note(here, f"{where}.{key}: {problem}")
                     except _Problem as problem:
                         self.note(here, f"{where}.{key}: {problem}")
         return values
@@ -244,7 +287,7 @@ class Reader:
 
     def _value(self, described: Option, value: Any) -> Any:
         parsed = _convert(described, value)
-        return self._located(parsed) if is_input_path(described) else parsed
+        return self._located(_with_variables(parsed)) if is_input_path(described) else parsed
 
     def _located(self, path: Path) -> Path:
         """A relative path is looked up beside the file, then in the working directory.
@@ -267,6 +310,29 @@ class Reader:
 
 class _Problem(Exception):
     """One thing wrong with one value."""
+
+
+class _UnsetVariable(_Problem):
+    """A path with a variable that the environment lacks."""
+
+
+def _with_variables(path: Path) -> Path:
+    """A path in which `${NAME}` stands for a variable of the environment.
+
+    Raises:
+        _UnsetVariable: naming the one that is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            raise _UnsetVariable(
+                f"found {path}, but {match[1]} is not set; set it, as in 'export {match[1]}=/path/to', "
+                "or name another path"
+            )
+        return found
+
+    return Path(re.sub(r"\$\{(\w+)\}", value, str(path)))
 
 
 def _convert(described: Option, value: Any) -> Any:

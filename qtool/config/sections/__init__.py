@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
-from qtool.config.sections.run import RunConfig
+from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
 
 __all__ = [
+    "DEVICE_OPTIONS",
     "INPUT_SETTINGS",
     "OVERRIDABLE",
     "SECTIONS",

@@ -38,6 +38,17 @@ class ModelConfig:
         FILE,
         "Trained weights (a state_dict, or a file that holds one), or a quantized model.",
         "--checkpoint",
+        spellings=(
+            (
+                "--resume-from",
+                "--checkpoint in Distiller's scripts; training is not resumed, so only the network in the "
+                "file is used.",
+            ),
+            (
+                "--exp-load-weights-from",
+                "--checkpoint in Distiller's scripts, where it leaves training state out; qtool always does.",
+            ),
+        ),
     )
     num_classes: int | None = option(
         None, click.IntRange(1), "Outputs of the network.", "--num-classes", shown_default="the network's own"

@@ -9,6 +9,9 @@ import click
 
 from qtool.config.options import OUTPUT, option
 
+# They answer one question: a flag for one of them wins over all of them in a file.
+DEVICE_OPTIONS = ("device", "cpu", "gpus")
+
 
 @dataclass(frozen=True)
 class RunConfig:
