@@ -15,6 +15,7 @@ from qtool.config.distiller import KEYS, MODE_KEYS, MODES, QUANTIZER_CLASS, WITH
 from qtool.config.gate import Expect, RunSettings, Settings, ThresholdType
 from qtool.config.options import Bits, FloatBits, Numbers, Option, Pair, PositiveFloat, Shape, options_of
 from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, QuantizeConfig
+from qtool.config.wording import default_of_key, help_of_key
 from qtool.numerics.spec import MAX_BITS
 
 Schema = dict[str, Any]
@@ -53,6 +54,7 @@ def gate_schema() -> Schema:
         "title": "qtool: runs and what is expected of them",
         "description": "A YAML file for 'qtool check FILE'.",
         **_mapping({**_properties(Settings), "runs": runs}),
+        "type": "object",
         "required": ["runs"],
         "$defs": _definitions(),
     }
@@ -189,9 +191,9 @@ def _properties(cls: type, names: Iterable[str] | None = None) -> dict[str, Sche
 
 
 def _option_schema(name: str, default: Any, described: Option) -> Schema:
-    text = described.help
-    if described.shown_default is not None:
-        text += f" Default: {described.shown_default}."
+    text = help_of_key(described)
+    if (default_in_words := default_of_key(described)) is not None:
+        text += f" Default: {default_in_words}."
     found: Schema = {"description": text}
     if default is not None:
         found["default"] = str(default) if isinstance(default, Path) else default
@@ -209,8 +211,10 @@ def _accepted(described: Option) -> Schema:
     if described.multiple:
         item = {"type": ["string", "number"]}
         return {**item, "type": [*item["type"], "array", "null"], "items": item}
-    kind = next(kind for kind in _KINDS if isinstance(described.type, kind))
-    return _KINDS[kind](described.type)
+    for kind, schema in _KINDS.items():
+        if isinstance(described.type, kind):
+            return schema(described.type)
+    raise TypeError(f"say in _KINDS what a value of type {type(described.type).__name__} is in JSON")
 
 
 def _integer(kind: Any) -> Schema:

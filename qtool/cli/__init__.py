@@ -1,0 +1,243 @@
+"""The command line: load the configuration, call the pipeline, print.
+
+torch is imported inside the commands, so that --help stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import click
+
+from qtool.cli.commands import INTERRUPTED, QtoolCommand, QtoolGroup, config_options, refuse_together
+from qtool.config import DEVICE_OPTIONS, Config, load_config
+from qtool.config.options import PositiveFloat
+
+LOG = logging.getLogger("qtool")
+
+
+def _print(text: str) -> None:
+    """Write results to stdout; what its encoding lacks, such as a byte in a file name, is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _pipeline(name: str = "runs") -> ModuleType:
+    """A module of qtool.pipeline that does a command's work, which imports torch.
+
+    Ctrl-C inside that import would reach torch's C++ code, which loses it or aborts; nothing has been
+    written yet, so it ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
+        return importlib.import_module(f"qtool.pipeline.{name}")
+    on_interrupt = signal.signal(signal.SIGINT, _exit_now)
+    try:
+        return importlib.import_module(f"qtool.pipeline.{name}")
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def _exit_now(_number: int, _frame: FrameType | None) -> None:
+    click.echo(INTERRUPTED, err=True)
+    os._exit(1)
+
+
+DATA = click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
+
+
+# Read when it lies in the working directory and -c names no other.
+DEFAULT_CONFIG = Path("qtool.yaml")
+
+
+def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    refuse_together({f"--{name}": flags.get(name) for name in DEVICE_OPTIONS})
+    if config_file is None and DEFAULT_CONFIG.is_file():
+        LOG.info("settings from %s", DEFAULT_CONFIG)
+        config_file = DEFAULT_CONFIG
+    return load_config(config_file, **flags)
+
+
+@click.group(
+    cls=QtoolGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(package_name="qtool")
+def main() -> None:
+    """Quantize a trained PyTorch network, see what it cost, and keep the result.
+
+    Without a model and data, commands use an embedded network and images:
+
+    \b
+        qtool calibrate --fraction 0.05
+        qtool quantize --qe-mode asym_u --qe-per-channel
+    """
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "run")
+def calibrate(config_file: Path | None, **flags: Any) -> None:
+    """Measure the activations of a network, and write them to a YAML file.
+
+    \b
+    Example:
+        qtool calibrate -a resnet18 --pretrained --fraction 0.05 /data/imagenet
+    """
+    _print(_pipeline().calibrate(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@click.option(
+    "-e", "--evaluate", "evaluate_", is_flag=True, help="In Distiller's scripts; this command does."
+)
+@click.option("--quantize-eval", "--qe", is_flag=True, help="In Distiller's scripts; this command does.")
+@click.option(
+    "--qe-calibration",
+    "calibration_portion",
+    type=PositiveFloat(1.0),
+    help="Calibrate on this share of the evaluation images, as --fraction does. Without --evaluate "
+    "--quantize-eval, write the statistics and end, as Distiller does.",
+)
+@click.option(
+    "--qe-config-file",
+    "quantizer_file",
+    type=click.Path(path_type=Path),
+    help="YAML file with a quantizer in Distiller's form.",
+)
+@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "run")
+def quantize(
+    config_file: Path | None,
+    evaluate_: bool,
+    quantize_eval: bool,
+    calibration_portion: float | None,
+    **flags: Any,
+) -> None:
+    """Quantize a network, and compare its accuracy with the float network's.
+
+    \b
+    Example:
+        qtool quantize -a resnet18 --pretrained --qe-mode asym_u --qe-per-channel /data/imagenet
+    """
+    refuse_together(
+        {
+            "--qe-stats-file": flags["stats_file"],
+            "--qe-dynamic": flags["dynamic"],
+            "--qe-calibration": calibration_portion,
+            "--qe-config-file": flags["quantizer_file"],
+        }
+    )
+    if calibration_portion is not None:
+        refuse_together({"--qe-calibration": calibration_portion, "--fraction": flags["fraction"]})
+        flags["fraction"] = calibration_portion
+    config = _config(config_file, flags)
+    if calibration_portion is not None and not (evaluate_ and quantize_eval):
+        LOG.info("--qe-calibration without --evaluate --quantize-eval: measuring statistics only")
+        _print(_pipeline().calibrate(config).text)
+    else:
+        _print(_pipeline().quantize(config).text)
+
+
+@main.command("search-clipping", cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "quantizers", "search", "run")
+def search_clipping(config_file: Path | None, **flags: Any) -> None:
+    """Find a clip mode for each layer, one after the other, by trying each on calibration images.
+
+    \b
+    Example:
+        qtool search-clipping -a resnet18 --pretrained --qe-bits-acts 4 /data/imagenet
+    """
+    _print(_pipeline("search_clipping").run(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "run")
+def evaluate(config_file: Path | None, **flags: Any) -> None:
+    """Evaluate a float network, or a quantized one that a run has saved.
+
+    \b
+    Example:
+        qtool evaluate --checkpoint logs/RUN/quantized_checkpoint.pth.tar /data/imagenet
+    """
+    _print(_pipeline().evaluate(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@config_options("model", "quantizers")
+def layers(config_file: Path | None, **flags: Any) -> None:
+    """List the layers of a network: names, shapes, and what would be quantized and how.
+
+    \b
+    Example:
+        qtool layers -a resnet18 --qe-no-quant-layers conv1,fc
+    """
+    _print(_pipeline().list_layers(_config(config_file, flags)))
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="File to write; - prints it.",
+)
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@config_options("model", "data", "calibration", "quantizers")
+def init(config_file: Path | None, output: Path, force: bool, **flags: Any) -> None:
+    """Write a commented YAML file for a network, with all that is set here and every other option.
+
+    \b
+    Example:
+        qtool init -a resnet18 --checkpoint resnet18.pth --qe-mode asym_u /data/imagenet
+    """
+    _print(_pipeline("init").write_template(load_config(config_file, **flags), output, force))
+
+
+@main.command(cls=QtoolCommand)
+@click.argument("kind", type=click.Choice(["config", "check"]), default="config")
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a YAML file: for -c, or for 'qtool check'.
+
+    \b
+    Example:
+        qtool schema check > gate_schema.json
+    """
+    from qtool.config.schema import schema_text
+
+    _print(schema_text(kind).removesuffix("\n"))
+
+
+@main.command(cls=QtoolCommand)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--sequential", is_flag=True, help="End a run as soon as all its verdicts are certain.")
+@click.option("--allow-undecided", is_flag=True, help="Pass where there are too few images to tell.")
+@click.option(
+    "--update-baseline",
+    is_flag=True,
+    help="Show what differs from the stored values, and store the new ones.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option(
+    "--junit", "junit_file", type=click.Path(path_type=Path), help="Write it as JUnit XML, which CI shows."
+)
+def check(file: Path, **options: Any) -> None:
+    """Make the runs of a YAML file, and exit with 1 unless they reach what it expects of them.
+
+    \b
+    Example:
+        qtool check configs/ci.yaml --junit report.xml
+    """
+    if not _pipeline("gate").check(file, _print, **options):
+        raise SystemExit(1)
