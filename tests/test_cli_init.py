@@ -116,6 +116,16 @@ def test_paths_hold_from_the_folder_of_the_file(init, chdir_tmp):
     assert (found.model.checkpoint, found.data.path) == (chdir_tmp / "mine.pth", chdir_tmp / "images")
 
 
+def test_network_of_a_file_is_found_from_another_folder(init, run_cli):
+    Path("net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())\n"
+    )
+    text = init("-a", "net.py:make", "--input-shape", "3,8,8", "-o", "sub/mine.yaml")
+    assert re.findall(r"#  (.*): {bits", text) == ["'0'"]
+    assert load_config(Path("sub/mine.yaml")).model.arch == f"{Path('net.py').absolute()}:make"
+    assert run_cli("layers", "-c", "sub/mine.yaml").exit_code == 0
+
+
 def test_file_that_is_there_is_replaced_by_force_only(init, run_cli):
     Path("qtool.yaml").write_text("run: {seed: 7}")
     done = run_cli("init")

@@ -364,10 +364,14 @@ def _convert_text(described: Option, value: Any) -> Any:
 def dump_config(config: Config) -> str:
     """The text of a YAML file that reproduces the run, every option written out, paths absolute."""
     tree = {section: _tree(section, getattr(config, section)) for section in SECTIONS}
-    file, colon, factory = (config.model.arch or "").rpartition(".py:")
-    if colon:  # the user's own file, found from anywhere
-        tree["model"]["arch"] = f"{Path(f'{file}.py').absolute()}:{factory}"
+    tree["model"]["arch"] = absolute_arch(config.model.arch)
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def absolute_arch(arch: str | None) -> str | None:
+    """The name of a network; that of the user's own file is found from anywhere."""
+    file, colon, factory = (arch or "").rpartition(".py:")
+    return f"{Path(f'{file}.py').absolute()}:{factory}" if colon else arch
 
 
 def dump_quantizers(config: QuantizeConfig) -> str:

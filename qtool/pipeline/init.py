@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qtool.config import Config
+from qtool.config import Config, absolute_arch
 from qtool.config.template import NamedLayer, template
 from qtool.errors import OutputError
 from qtool.graph.trace import layers
@@ -65,4 +65,5 @@ def _found_from(file: Path, config: Config) -> Config:
         paths = {f.name: getattr(values, f.name) for f in fields(values)}
         absolute = {name: path.absolute() for name, path in paths.items() if isinstance(path, Path)}
         changed[section] = replace(values, **absolute)
+    changed["model"] = replace(changed["model"], arch=absolute_arch(config.model.arch))
     return replace(config, **changed)

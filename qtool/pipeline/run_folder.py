@@ -34,15 +34,17 @@ def run_folder(config: Config) -> Iterator[Path]:
                 LOG.debug("ended by %s: %s", type(error).__name__, error)
                 raise
     except BaseException:
-        if {path.name for path in folder.iterdir()} <= {log.name, CONFIG_FILE}:
-            _remove(folder)
-        else:
-            LOG.info("ended early; what was written until then is in %s", folder)
+        with suppress(OSError):  # the error that ended the run matters more
+            _leave(folder, {log.name, CONFIG_FILE})
         raise
 
 
-def _remove(folder: Path) -> None:
-    with suppress(OSError):  # the error that ended the run matters more
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+def _leave(folder: Path, at_the_start: set[str]) -> None:
+    """Remove a folder with only the files of a start in it; say where another one is."""
+    files = list(folder.iterdir())
+    if {path.name for path in files} - at_the_start:
+        LOG.info("ended early; what was written until then is in %s", folder)
+        return
+    for path in files:
+        path.unlink()
+    folder.rmdir()

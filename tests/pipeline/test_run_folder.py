@@ -1,6 +1,7 @@
 """A run that ends early leaves a folder only if it holds something of use, and then says where."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def test_run_that_has_written_something_keeps_all_of_it_and_says_where(error, tm
     assert {path.name for path in run.iterdir()} == {"stats.yaml", "config.yaml", f"{run.name}.log"}
     assert f"ended by {error.__name__}: why" in (run / f"{run.name}.log").read_text()
     assert caplog.messages[-1] == f"ended early; what was written until then is in {run}"
+
+
+def test_folder_that_has_gone_does_not_hide_the_error(tmp_path):
+    with pytest.raises(ValueError, match="why"), run_folder(load_config(out_dir=tmp_path)) as run:
+        shutil.rmtree(run)
+        raise ValueError("why")
 
 
 def test_run_that_ends_well_keeps_its_folder(tmp_path):
