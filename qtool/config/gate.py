@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from qtool.config.layers import check
-from qtool.config.load import Reader, read_sections
+from qtool.config.load import read_sections
 from qtool.config.options import PositiveFloat, option, options_of
+from qtool.config.reader import Reader
 from qtool.config.searches import check_search
 from qtool.config.sections import DEVICE_OPTIONS, SECTIONS, Config
 from qtool.config.yaml_file import parse

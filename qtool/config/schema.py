@@ -209,8 +209,8 @@ def _option_schema(name: str, default: Any, described: Option) -> Schema:
 def _accepted(described: Option) -> Schema:
     """What the values of an option may be; null means that it is not given, or for bits, float."""
     if described.multiple:
-        item = {"type": ["string", "number"]}
-        return {**item, "type": [*item["type"], "array", "null"], "items": item}
+        types = ["string", "number"]
+        return {"type": [*types, "array", "null"], "items": {"type": types}}
     for kind, schema in _KINDS.items():
         if isinstance(described.type, kind):
             return schema(described.type)
