@@ -68,6 +68,7 @@ def _as_flag(name: str, described: Option, value: Any) -> str:
     """A setting as it stands on the command line; the argument DATA has no flag.
 
     Example:
+        >>> import click
         >>> _as_flag("mode", Option(click.STRING, "", ("--qe-mode", "--qem")), "sym")
         '--qe-mode sym'
     """
