@@ -21,9 +21,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 style: install  ## format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-check: install  ## lint, format, types, and whether the README's flags are current
+check: install  ## lint, format, types, and whether the README's flags and the schemas are current
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	$(PY) scripts/readme_flags.py --check
+	$(PY) scripts/readme_flags.py --check && $(PY) scripts/write_schemas.py --check
 
 test: install  ## run all tests; ARGS='-m "not slow"' for the quick ones
 	$(PY) -m pytest $(ARGS)
@@ -34,8 +34,8 @@ coverage: install  ## run all tests, and list the lines and branches they miss
 golden: install  ## remake tests/golden from other implementations
 	$(PY) scripts/make_golden.py
 
-docs: install  ## rewrite the README's table of commands and flags
-	$(PY) scripts/readme_flags.py
+docs: install  ## rewrite the README's table of commands and flags, and the schemas of YAML files
+	$(PY) scripts/readme_flags.py && $(PY) scripts/write_schemas.py
 
 demo: install  ## quantize the network that comes with qtool, and compare
 	$(VENV)/bin/qtool quantize --qe-mode asym_u --qe-per-channel

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from qtool.cli import main
+from qtool.models import load_model
 
 SMALL = ("--effective-test-size", "0.05", "-j", "0")
 SOURCES = {
@@ -119,6 +120,52 @@ def test_two_shares_of_calibration_images_are_refused(run_cli):
     done = run_cli("quantize", "--qe-calibration", "0.1", "--fraction", "0.2")
     assert done.exit_code == 2
     assert "--qe-calibration and --fraction exclude one another" in done.stderr
+
+
+def test_two_devices_are_refused(run_cli):
+    for pair in (("--cpu", "--gpus", "0"), ("--device", "cpu", "--gpus", "0"), ("--device", "cuda", "--cpu")):
+        done = run_cli("evaluate", *pair)
+        assert done.exit_code == 2
+        assert " exclude one another; give one of them." in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--resume-from", "--exp-load-weights-from"])
+def test_distillers_flags_load_a_checkpoint(flag, run_cli, chdir_tmp):
+    state = load_model("digits_resnet").model.state_dict()
+    state["fc.bias"] += torch.eye(10)[3] * 1000  # everything is a three
+    torch.save({"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, "trained.pth.tar")
+    done = run_cli(
+        "evaluate",
+        "-a",
+        "digits_resnet",
+        "--dataset",
+        "digits",
+        flag,
+        "trained.pth.tar",
+        *SMALL,
+        "--confusion",
+    )
+    assert done.exit_code == 0, done.output
+    folder = Path(done.stdout.splitlines()[-1])
+    rows = list(csv.reader((folder / "confusion_float.csv").read_text().splitlines()))
+    assert sum(int(row[4]) for row in rows[1:]) == 26
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["checkpoint"].endswith(
+        "trained.pth.tar"
+    )
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("--checkpoint", "--resume-from"),
+        ("--checkpoint", "--exp-load-weights-from"),
+        ("--resume-from", "--exp-load-weights-from"),
+    ],
+)
+def test_one_checkpoint_is_loaded(pair, run_cli):
+    done = run_cli("quantize", pair[1], "b.pth", pair[0], "a.pth")
+    assert done.exit_code == 2
+    assert f"Error: {pair[0]} and {pair[1]} exclude one another; give one of them." in done.stderr
 
 
 def test_a_list_goes_on_to_the_next_option():

@@ -67,7 +67,9 @@ def test_imagenet_network_keeps_its_predictions_in_eight_bits(arch, run, shared_
     assert record["quantized"]["images"] == 20
     assert record["float"]["top1"] >= 50
     assert record["agreement"] >= 80
-    assert record["calibration"] == {"images": 8, "dataset": "imagenet-sample", "overlap": 0}
+    assert record["calibration"] == {
+        "images": 8, "skipped": 0, "dataset": "imagenet-sample", "overlap": 0,
+    }  # fmt: skip
 
 
 def test_stats_file_of_distiller_quantizes_resnet18(run, shared_data, imagenet):

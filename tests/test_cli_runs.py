@@ -68,7 +68,9 @@ def test_quantize_needs_no_data_and_stays_accurate(run_cli):
     assert record["float"]["images"] == record["quantized"]["images"] == 537
     assert record["float"]["top1"] > 98
     assert abs(record["top1_difference"]) < 1
-    assert record["calibration"] == {"images": 256, "dataset": "digits calibration", "overlap": 0}
+    assert record["calibration"] == {
+        "images": 256, "skipped": 0, "dataset": "digits calibration", "overlap": 0,
+    }  # fmt: skip
 
 
 def test_run_folder_holds_every_file(quantized):
@@ -205,14 +207,20 @@ def test_checkpoint_loads_without_running_code(quantized):
     assert content["model"]["arch"] == "digits_resnet"
 
 
-def test_log_holds_the_messages_and_how_the_run_ended(run_cli, tmp_path):
-    assert run_cli("quantize", *QUICK, "--qencl", "conv1", "--qeca", "avg").exit_code == 0
-    stats = tmp_path / "stats.yaml"
-    stats.write_text("other: {output: {min: 0, max: 1}}")
-    assert run_cli("quantize", *QUICK[:2], "-j", "0", "--qe-stats-file", stats, "-n", "failed").exit_code == 1
+def test_log_holds_the_messages_and_how_the_run_ended(run_cli, chdir_tmp):
+    np.savez("good.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
+    for label in range(10):
+        Path("images", str(label)).mkdir(parents=True)
+        Path("images", str(label), "0.png").write_bytes(b"")
+    done = run_cli(
+        "quantize", "-a", "digits_resnet", "images", "--calib-data", "good.npz", "-j", "0", "-n", "failed"
+    )
     (log,) = Path("logs").glob("failed*/*.log")
+    assert done.exit_code == 1
+    assert f"ended early; what was written until then is in {log.parent}\n" in done.stderr
+    assert {path.name for path in log.parent.iterdir()} >= {STATS, "config.yaml"}
     assert "INFO network: digits_resnet" in log.read_text()
-    assert f"ended by StatsError: {stats}: no entry for" in log.read_text()
+    assert "ended by DataError: images/0/0.png: cannot be read" in log.read_text()
 
 
 def test_e11_layer_parameters_hold_every_bit_width_and_scale_once(quantized):

@@ -1,10 +1,11 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
 from qtool.config.layers import check, layer_specs
-from qtool.config.load import dump_config, dump_quantizers, load_config
+from qtool.config.load import absolute_arch, dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
 from qtool.config.searches import check_search, with_settings_of_layers
 from qtool.config.sections import (
+    DEVICE_OPTIONS,
     SECTIONS,
     CalibrationConfig,
     Config,
@@ -17,6 +18,7 @@ from qtool.config.sections import (
 )
 
 __all__ = [
+    "DEVICE_OPTIONS",
     "SECTIONS",
     "CalibrationConfig",
     "Config",
@@ -26,6 +28,7 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "absolute_arch",
     "check",
     "check_search",
     "dump_config",

@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 from qtool.config.layers import check
-from qtool.config.load import Reader, read_sections
+from qtool.config.load import read_sections
 from qtool.config.options import PositiveFloat, option, options_of
+from qtool.config.reader import Reader
 from qtool.config.searches import check_search
-from qtool.config.sections import SECTIONS, Config
+from qtool.config.sections import DEVICE_OPTIONS, SECTIONS, Config
 from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
 
@@ -190,7 +191,10 @@ def _read_config(reader: Reader, body: Mapping[str, Any], file: str | None, else
             elsewhere += str(error).splitlines()
     for section in SECTIONS:
         if isinstance(body.get(section), dict):
-            values[section] = values[section] | reader.section(section, body[section])
+            own = reader.section(section, body[section])
+            if not own.keys().isdisjoint(DEVICE_OPTIONS):  # the run's answer to where it computes
+                values[section] = {k: v for k, v in values[section].items() if k not in DEVICE_OPTIONS}
+            values[section] = values[section] | own
         elif body.get(section) is not None:
             reader.note((section,), f"{section}: found {body[section]!r}; a mapping of settings is wanted")
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})

@@ -136,8 +136,11 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
 
 
 def _check_input(where: str, settings: QuantizeConfig, given: Mapping[str, Any]) -> None:
-    if settings.bits_activations == 0 and "bits_activations" not in given:
-        return  # the layer stays in float, and its inputs with it
+    if settings.bits_activations == 0:
+        raise ConfigError(
+            f"{where}has no effect, because bits_activations is 0 (null), which leaves the layer's inputs in "
+            "float too; remove one of the two"
+        )
     merged = _settings_of_input(settings, given)
     if merged.bits_activations == 0:
         raise ConfigError(f"{where}an input needs 2 to 16 bits; found 0, which is float")

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import yaml
 
-from qtool.config.distiller import (
-    OLD_KEYS,
-    QUANTIZER_CLASS,
-    WITHOUT_EFFECT,
-    as_settings,
-    find_quantizer,
-)
-from qtool.config.options import Numbers, Option, Shape, is_input_path, options_of
-from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, Config, QuantizeConfig
-from qtool.config.yaml_file import Lines, parse
+from qtool.config.distiller import QUANTIZER_CLASS, find_quantizer
+from qtool.config.options import Option, options_of
+from qtool.config.reader import Reader
+from qtool.config.sections import DEVICE_OPTIONS, SECTIONS, Config, QuantizeConfig, RunConfig
+from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
 
 LOG = logging.getLogger("qtool")
-
-Place = tuple[str, ...]
 
 
 def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = None, **flags: Any) -> Config:
@@ -44,27 +36,39 @@ def load_config(path: Path | None = None, /, *, quantizer_file: Path | None = No
     unknown = [name for name in flags if name not in known]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}")
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if path is not None:
-        values |= read_sections(path)
+        values |= read_sections(path, given)
     if quantizer_file is not None:
-        values["quantizers"] = _read_quantizer(quantizer_file)
+        values["quantizers"] = _read_quantizer(quantizer_file, given)
     for section, cls in SECTIONS.items():
         for name, _, described in options_of(cls):
-            if flags.get(name) in (None, ()):
-                continue
-            in_file = values[section].get(name, flags[name])
-            if in_file != flags[name]:
-                flag = _as_flag(name, described, flags[name])
-                LOG.info("%s wins over the file, which has %s", flag, _in_words(in_file))
-            values[section][name] = flags[name]
+            if name in given:
+                _lay_over(values[section], name, given[name], _as_flag(name, described, given[name]))
     return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+
+
+def _lay_over(values: dict[str, Any], name: str, value: Any, flag: str) -> None:
+    """Put a flag's value in place of the file's, and say so where they differ."""
+    in_file = values.get(name, value)
+    if in_file != value:
+        LOG.info("%s wins over the file, which has %s", flag, _in_words(in_file))
+    values[name] = value
+    if name not in DEVICE_OPTIONS or value is False:
+        return
+    for other in DEVICE_OPTIONS:  # they answer the same question
+        if other != name and other in values:
+            dropped = values.pop(other)
+            if dropped != getattr(RunConfig, other):
+                LOG.info("%s wins over the file, which has %s: %s", flag, other, dropped)
 
 
 def _as_flag(name: str, described: Option, value: Any) -> str:
     """A setting as it stands on the command line; the argument DATA has no flag.
 
     Example:
+        >>> import click
         >>> _as_flag("mode", Option(click.STRING, "", ("--qe-mode", "--qem")), "sym")
         '--qe-mode sym'
     """
@@ -78,14 +82,18 @@ def _in_words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+def read_sections(path: Path, given: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """The values that a file gives, by section and option.
+
+    Args:
+        path: the file.
+        given: options that flags win, so that a variable in their paths need not be set.
 
     Raises:
         ConfigError: with every problem of the file.
     """
     tree, lines = parse(path)
-    reader = Reader(path, lines)
+    reader = Reader(path, lines, given)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, body in tree.items():
         if section not in SECTIONS:
@@ -98,10 +106,10 @@ def read_sections(path: Path) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _read_quantizer(path: Path) -> dict[str, Any]:
+def _read_quantizer(path: Path, given: Collection[str]) -> dict[str, Any]:
     """The quantizer of a file: Distiller's component, or the section `quantizers` of qtool's own form."""
     tree, lines = parse(path)
-    reader = Reader(path, lines)
+    reader = Reader(path, lines, given)
     found = find_quantizer(tree)
     if found is None and isinstance(tree.get("quantizers"), dict):
         found = ("quantizers",), tree["quantizers"]
@@ -115,193 +123,17 @@ def _read_quantizer(path: Path) -> dict[str, Any]:
     return values
 
 
-class Reader:
-    """Turns the mappings of one file to checked values, and gathers what is wrong with it."""
-
-    def __init__(self, path: Path, lines: Lines) -> None:
-        self.path = path
-        self.lines = lines
-        self.problems: list[tuple[int, str]] = []
-
-    def note(self, place: Place, text: str) -> None:
-        """Remember a problem at a place of the file."""
-        self.problems.append((self.lines.get(place, 1), text))
-
-    def finish(self) -> None:
-        """Report all problems together.
-
-        Raises:
-            ConfigError: if there are any.
-        """
-        if self.problems:
-            texts = (f"{self.path}:{line}: {text}" for line, text in sorted(self.problems))
-            raise ConfigError("\n".join(dict.fromkeys(texts)))
-
-    def section(self, name: str, body: Mapping[Any, Any]) -> dict[str, Any]:
-        """The values of one section."""
-        if name != "quantizers":
-            known = {n: d for n, _, d in options_of(SECTIONS[name])}
-            return self.settings(body, (name,), name, known)
-        found = find_quantizer({name: body})
-        if found is not None and len(body) > 1:
-            self.note((name,), f"{name}: more than one quantizer; one is wanted")
-        return self.quantizer(*reversed(found)) if found else self.quantizer(body, (name,))
-
-    def quantizer(self, body: Mapping[Any, Any], place: Place) -> dict[str, Any]:
-        """The values of a quantizer, in qtool's or Distiller's spelling."""
-        known = {n: d for n, _, d in options_of(QuantizeConfig) if not d.layer_only}
-        plain = {k: v for k, v in body.items() if k not in ("overrides", "class")}
-        values = self.settings(plain, place, place[0], known)
-        if body.get("class", QUANTIZER_CLASS) != QUANTIZER_CLASS:
-            self.note((*place, "class"), f"class: found {body['class']!r}; {QUANTIZER_CLASS} is wanted")
-        if body.get("overrides") is not None:
-            values["overrides"] = self._overrides(body["overrides"], (*place, "overrides"))
-        return values
-
-    def _overrides(self, tree: Any, place: Place) -> dict[str, dict[str, Any]]:
-        if not isinstance(tree, dict):
-            found = type(tree).__name__
-            self.note(place, f"overrides: found {found}; a mapping of layer patterns to settings is wanted")
-            return {}
-        known = {n: d for n, _, d in options_of(QuantizeConfig) if n in OVERRIDABLE}
-        values: dict[str, dict[str, Any]] = {}
-        for pattern, settings in tree.items():
-            here, where = (*place, str(pattern)), f"overrides.{pattern}"
-            if not isinstance(settings, dict):
-                self.note(here, f"{where}: a mapping of settings is wanted")
-                continue
-            plain = {k: v for k, v in settings.items() if k not in ("input_overrides", WITHOUT_EFFECT)}
-            if WITHOUT_EFFECT in settings:
-                LOG.info("%s: %s.%s has no effect, as in Distiller", self.path, where, WITHOUT_EFFECT)
-            values[str(pattern)] = self.settings(plain, here, where, known, keep_null=True)
-            if settings.get("input_overrides") is not None:
-                inputs = self._inputs(settings["input_overrides"], (*here, "input_overrides"), where)
-                values[str(pattern)]["input_overrides"] = inputs
-        return values
-
-    def _inputs(self, tree: Any, place: Place, where: str) -> dict[int, dict[str, Any]]:
-        """Settings for single inputs of a layer: number -> from_output, or bits, mode and clipping."""
-        where = f"{where}.input_overrides"
-        if not isinstance(tree, dict):
-            self.note(place, f"{where}: a mapping of input numbers to settings is wanted")
-            return {}
-        known = {n: d for n, _, d in options_of(QuantizeConfig) if n in INPUT_SETTINGS}
-        values: dict[int, dict[str, Any]] = {}
-        for index, settings in tree.items():
-            here = (*place, str(index))
-            if not str(index).isdigit() or not isinstance(settings, dict):
-                self.note(here, f"{where}.{index}: an input number (0, 1, ...) with a mapping is wanted")
-            elif not isinstance(settings.get("from_output", True), bool):
-                found = settings["from_output"]
-                self.note(here, f"{where}.{index}.from_output: found {found!r}; true or false is wanted")
-            elif settings.get("from_output"):
-                values[int(index)] = {"from_output": True}
-            else:
-                plain = {k: v for k, v in settings.items() if k != "from_output"}
-                values[int(index)] = self.settings(plain, here, f"{where}.{index}", known)
-        return values
-
-    def settings(
-        self,
-        body: Mapping[Any, Any],
-        place: Place,
-        where: str,
-        known: Mapping[str, Option],
-        keep_null: bool = False,
-    ) -> dict[str, Any]:
-        """Checked values by qtool's own names; null is absent, unless it is to be kept."""
-        values: dict[str, Any] = {}
-        for raw_key, raw_value in body.items():
-            key = str(raw_key)
-            here = (*place, key)
-            for name, value in as_settings(key, raw_value):
-                described = known.get(name)
-                if described is None:
-                    self.note(here, f"{where}: {self._why_unknown(key, name, known)}")
-                elif value is None:
-                    if keep_null and described.nullable:
-                        values.setdefault(name, None)
-                else:
-                    try:
-                        parsed = self._value(described, value)
-                        if values.get(name) not in (None, parsed):
-                            raise _Problem(f"{value} contradicts another key of this setting: {values[name]}")
-                        values[name] = parsed
-                    except _Problem as problem:
-                        self.note(here, f"{where}.{key}: {problem}")
-        return values
-
-    @staticmethod
-    def _why_unknown(key: str, name: str, known: Mapping[str, Option]) -> str:
-        if key in OLD_KEYS:
-            return f"key {key!r} is an old spelling; write {OLD_KEYS[key]!r}"
-        everywhere = {n: d for n, _, d in options_of(QuantizeConfig)}
-        if name == "input_overrides" or (name in everywhere and everywhere[name].layer_only):
-            return f"key {key!r} is a setting of single layers; put it under 'overrides'"
-        if name in everywhere:
-            return f"key {key!r} cannot be set here; {', '.join(known)} can"
-        return f"unknown key {key!r}{nearest(key, known)}"
-
-    def _value(self, described: Option, value: Any) -> Any:
-        parsed = _convert(described, value)
-        return self._located(parsed) if is_input_path(described) else parsed
-
-    def _located(self, path: Path) -> Path:
-        """A relative path is looked up beside the file, then in the working directory.
-
-        Distiller's examples name their statistics by a path in its own source tree: where that
-        leads nowhere, a file of the same name beside the YAML file is meant.
-        """
-        try:
-            if path.is_absolute() or (path == Path(path.name) and not (self.path.parent / path).exists()):
-                return path
-            for candidate in (self.path.parent / path, path, self.path.parent / path.name):
-                if candidate.exists():
-                    if candidate.name == path.name and candidate == self.path.parent / path.name != path:
-                        LOG.info("%s: taking %s for %s", self.path, candidate, path)
-                    return candidate
-        except (OSError, ValueError):  # a name too long; whoever opens the file says so
-            pass
-        return path
-
-
-class _Problem(Exception):
-    """One thing wrong with one value."""
-
-
-def _convert(described: Option, value: Any) -> Any:
-    """Check a YAML value as the text of a flag would be."""
-    if described.multiple:
-        items: Iterable[Any] = value if isinstance(value, list) else [value]
-        return tuple(str(_convert_text(described, item)) for item in items)
-    if isinstance(value, list) and isinstance(described.type, Numbers | Shape):
-        value = ",".join(str(item) for item in value)
-    return _convert_text(described, value)
-
-
-def _convert_text(described: Option, value: Any) -> Any:
-    if described.is_flag != isinstance(value, bool):
-        wanted = "true or false" if described.is_flag else f"a value ({described.type.name})"
-        raise _Problem(f"found {value!r}; {wanted} is wanted")
-    if isinstance(value, dict) and described.type.name == "choice":
-        raise _Problem(f"found {value}; a name, or a mapping of both activations and weights, is wanted")
-    if isinstance(value, dict | list | set | bytes):
-        raise _Problem(f"found {type(value).__name__}; a single value is wanted")
-    try:
-        return described.type.convert(value if described.is_flag else str(value), None, None)
-    except click.BadParameter as error:
-        raise _Problem(error.message) from error
-    except ValueError as error:  # a path with a NUL character, a number of thousands of digits
-        raise _Problem(f"cannot be used: {error}") from error
-
-
 def dump_config(config: Config) -> str:
     """The text of a YAML file that reproduces the run, every option written out, paths absolute."""
     tree = {section: _tree(section, getattr(config, section)) for section in SECTIONS}
-    file, colon, factory = (config.model.arch or "").rpartition(".py:")
-    if colon:  # the user's own file, found from anywhere
-        tree["model"]["arch"] = f"{Path(f'{file}.py').absolute()}:{factory}"
+    tree["model"]["arch"] = absolute_arch(config.model.arch)
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def absolute_arch(arch: str | None) -> str | None:
+    """The name of a network; that of the user's own file is found from anywhere."""
+    file, colon, factory = (arch or "").rpartition(".py:")
+    return f"{Path(f'{file}.py').absolute()}:{factory}" if colon else arch
 
 
 def dump_quantizers(config: QuantizeConfig) -> str:

@@ -26,6 +26,7 @@ class Option:
         shown_default: what the help shows for a default of None.
         layer_only: whether it makes sense for single layers only, in an override.
         nullable: whether None is a value of its own.
+        spellings: further flags that mean the same, each with a help of its own; one may be given.
     """
 
     type: click.ParamType[Any]
@@ -36,6 +37,7 @@ class Option:
     shown_default: str | None = None
     layer_only: bool = False
     nullable: bool = False
+    spellings: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_flag(self) -> bool:
@@ -52,10 +54,11 @@ def option(
     metavar: str | None = None,
     shown_default: str | None = None,
     layer_only: bool = False,
+    spellings: tuple[tuple[str, str], ...] = (),
 ) -> Any:
     """Declare a dataclass field that is an option."""
     nullable = default is None and not layer_only
-    described = Option(type, help, flags, multiple, metavar, shown_default, layer_only, nullable)
+    described = Option(type, help, flags, multiple, metavar, shown_default, layer_only, nullable, spellings)
     return field(default=default, metadata={"option": described})
 
 

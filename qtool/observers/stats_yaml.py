@@ -151,7 +151,7 @@ def _quick_tree(text: str) -> dict[Any, Any] | None:
                 record = inputs.setdefault(int(found[1]), {})
             elif found := _LAYER.fullmatch(line):
                 name = json.loads(found[1]) if line[0] == '"' else found[1]
-                if name in tree or name.lower() in _WORDS:
+                if name in tree or (line[0] != '"' and name.lower() in _WORDS):
                     return None
                 layer, inputs, record = tree.setdefault(name, {}), None, None
             elif line:

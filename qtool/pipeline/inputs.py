@@ -83,11 +83,21 @@ def announce_default(config: Config, data_needed: bool = True) -> None:
 
 
 def open_subject(config: Config) -> Subject:
-    """Load the network that a config names, float or quantized.
+    """Load the network that a config names, float or quantized, and warn of one without trained weights.
 
     Raises:
         ModelError, ConfigError: if it cannot be loaded.
     """
+    subject = load_subject(config)
+    if subject.weights.startswith("random"):
+        LOG.warning(
+            "%s has %s; give --pretrained or --checkpoint for trained ones", subject.arch, subject.weights
+        )
+    return subject
+
+
+def load_subject(config: Config) -> Subject:
+    """The network that a config names, as open_subject does it, but without a warning."""
     asked = config.model
     content = None
     if asked.checkpoint is not None and not asked.pretrained:
@@ -108,10 +118,6 @@ def open_subject(config: Config) -> Subject:
         input_shape=asked.input_shape,
         seed=config.run.seed,
     )
-    if loaded.weights.startswith("random"):
-        LOG.warning(
-            "%s has %s; give --pretrained or --checkpoint for trained ones", loaded.arch, loaded.weights
-        )
     preprocessing = _preprocessing(config, loaded)
     shape = _image_shape(loaded.input_shape, preprocessing)
     return Subject(loaded.model, loaded.arch, loaded.weights, shape, preprocessing, loaded.checkpoint_sha256)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,18 +38,18 @@ from qtool.pipeline.inputs import (
     shared_images,
 )
 from qtool.pipeline.provenance import check_origin, fingerprint_of
+from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.pipeline.stats_files import STATS_FILE, save_stats
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, confusion_csv, table
-from qtool.run_dir import check_writable, log_to, make_run_dir, write_text, write_whole
+from qtool.run_dir import check_writable, write_text, write_whole
 
 LOG = logging.getLogger("qtool")
 
 EDITED_STATS_FILE = "quant_stats_after_prepare_model.yaml"
 LAYER_PARAMS_FILE = "layer_quant_params.yaml"
-CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FILE = "quantized_checkpoint.pth.tar"
 
@@ -75,9 +74,10 @@ def calibrate(config: Config) -> Outcome:
     traced = subject.traced()
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats = measure_stats(config, traced, images)
+        stats, skipped = measure_stats(config, traced, images)
         path = save_stats(stats, folder / STATS_FILE)
-    return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {images.words}\n{path}", folder)
+    words = images.words + (f", {skipped} of them unreadable" if skipped else "")
+    return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {words}\n{path}", folder)
 
 
 def quantize(config: Config) -> Outcome:
@@ -93,7 +93,7 @@ def quantize(config: Config) -> Outcome:
     searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats = find_stats(config, traced, ranges, folder)
+        stats, calibration_record = find_stats(config, traced, ranges, folder)
         if searched is None:
             model = steps.quantize(traced, stats, config.quantizers)
         else:
@@ -103,7 +103,7 @@ def quantize(config: Config) -> Outcome:
         _write_model(config, folder, subject, traced, model, specs)
         results, comparison = _evaluate_both(config, subject, model, evaluation)
         record = _record(config, subject, evaluation, results, comparison)
-        record["calibration"] = ranges.record
+        record["calibration"] = calibration_record
         if searched is not None:
             record["lapq"] = lapq_record
         _finish(config, folder, record, evaluation, results)
@@ -147,25 +147,29 @@ def find_ranges(config: Config, subject: Subject, traced: fx.GraphModule, evalua
         return Ranges(given, None, {"stats_file": str(stats_file)})
     images = open_calibration(config, subject, evaluation)
     overlap = shared_images(evaluation, images)
-    record = {"images": len(images.indices), "dataset": images.dataset.name, "overlap": overlap}
-    return Ranges(None, images, record)
+    return Ranges(None, images, {"dataset": images.dataset.name, "overlap": overlap})
 
 
-def find_stats(config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path) -> ModelStats | None:
-    """The statistics of a run, measured and written unless there are some; None in dynamic mode.
+def find_stats(
+    config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path
+) -> tuple[ModelStats | None, dict[str, Any]]:
+    """The statistics of a run, and what results.json says of them.
 
-    Those of a run whose search is resumed are taken over.
+    They are measured and written unless there are some; None in dynamic mode. Those of a run whose
+    search is resumed are taken over.
     """
     if ranges.calibration is None:
-        return ranges.given
+        return ranges.given, ranges.record
     earlier = None if config.search.resume is None else config.search.resume / STATS_FILE
     if earlier is not None and earlier.is_file():
         LOG.info("statistics: %s", earlier)
         stats = read_stats(earlier)
+        record: dict[str, Any] = {"stats_file": str(earlier)}
     else:
-        stats = measure_stats(config, traced, ranges.calibration)
+        stats, skipped = measure_stats(config, traced, ranges.calibration)
+        record = {"images": len(ranges.calibration.indices) - skipped, "skipped": skipped}
     save_stats(stats, folder / STATS_FILE)
-    return stats
+    return stats, record | ranges.record
 
 
 def _write_model(
@@ -249,29 +253,16 @@ def refuse_quantized(subject: Subject, command: str) -> None:
         )
 
 
-@contextmanager
-def run_folder(config: Config) -> Iterator[Path]:
-    """A new folder with the resolved configuration and a log."""
-    folder = make_run_dir(config.run.out_dir, config.run.name)
-    with log_to(folder / f"{folder.name}.log", LOG):
-        write_text(folder / CONFIG_FILE, configs.dump_config(config))
-        LOG.info("writing to %s", folder)
-        try:
-            yield folder
-        except BaseException as error:
-            LOG.debug("ended by %s: %s", type(error).__name__, error)
-            raise
-
-
-def measure_stats(config: Config, traced: fx.GraphModule, images: Images) -> ModelStats:
-    """Calibrate on some images, as a run's data and device settings say."""
+def measure_stats(config: Config, traced: fx.GraphModule, images: Images) -> tuple[ModelStats, int]:
+    """Calibrate on some images, as a run's data and device settings say; also how many were unreadable."""
     LOG.info("calibrating on %s", images.words)
     loader = images.loader(config)
     batches = _announced(config, loader, "calibrating")
     bar = config.data.print_freq is None
     stats = steps.calibrate(traced, batches, device=config.run.chosen_device, progress=bar)
     note_bad_images(loader.bad_images)
-    return replace(stats, fingerprint=fingerprint_of(traced, images.preprocessing))
+    stats = replace(stats, fingerprint=fingerprint_of(traced, images.preprocessing))
+    return stats, len(loader.bad_images)
 
 
 def _evaluate_both(

@@ -27,8 +27,8 @@ def quantize_weight(
         asked: how its range is chosen, and how its scale is approximated.
 
     Raises:
-        ConfigError: if the weight holds NaN or infinity, or a range or clipping is asked for a
-            per-channel grid.
+        ConfigError: if the weight holds NaN or infinity or spans more than float32 does, or a range or
+            clipping is asked for a per-channel grid.
     """
     weight = output_channels_first(module)
     factors = asked.weight_range_factors
@@ -45,7 +45,10 @@ def quantize_weight(
         x_min, x_max = (torch.tensor(float(v)) for v in asked.weight_range)
     else:
         raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
-    qparams = qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
+    try:
+        qparams = qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
+    except ValueError as error:  # numbers at the end of float32's range
+        raise ConfigError(f"layer {name!r}: its weight has no grid: {error}; check the checkpoint") from error
     return qparams, quantize(weight, qparams).to(integer_dtype(grid))
 
 

@@ -48,6 +48,13 @@ def test_a_run_is_a_file_and_what_stands_over_it(write_config):
     assert second.expect.given() == {"drop_max": Threshold(-0.1)}
 
 
+def test_a_run_says_where_it_computes_whatever_its_file_says(write_config):
+    path = write_config("runs: [{name: a, config: gpu.yaml, run: {cpu: true}, expect: {top1_min: 9}}]")
+    (path.parent / "gpu.yaml").write_text("run: {gpus: 0, seed: 3}")
+    (run,) = load_gate(path).runs
+    assert (run.config.run.chosen_device, run.config.run.gpus, run.config.run.seed) == ("cpu", None, 3)
+
+
 @pytest.mark.parametrize("text", ["98.5", "baseline", "baseline - 0.5", "baseline + 2"])
 def test_a_threshold_reads_as_it_was_written(write_config, text):
     path = write_config(f"baseline: b\nruns: [{{name: a, expect: {{top1_min: {text}}}}}]")

@@ -165,6 +165,14 @@ def test_all_patterns_without_match_are_reported_together():
             {"mode_activations": "asym_u", "symmetric_unsigned": True},
             "--qe-sym-unsigned: has no effect on asymmetric or float activations; choose mode sym",
         ),
+        (
+            {"overrides": {"fc": {"bits_activations": 0, "input_overrides": {0: {"from_output": True}}}}},
+            "overrides.fc.input_overrides.0: has no effect, because bits_activations is 0 (null)",
+        ),
+        (
+            {"bits_activations": 0, "overrides": {"fc": {"input_overrides": {1: {"bits_activations": 4}}}}},
+            "overrides.fc.input_overrides.1: has no effect, because bits_activations is 0 (null)",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -139,6 +139,50 @@ def test_null_in_an_override_clears_what_may_be_absent_and_leaves_the_rest(write
     assert load_config(path).quantizers.overrides == {"fc": {"clip_n_stds": None}}
 
 
+@pytest.mark.parametrize(
+    ("text", "settings", "found"),
+    [
+        (
+            "{fc: {0: {mode: {activations: sym, weights: sym}}}}",
+            "mode",
+            "{'activations': 'sym', 'weights': 'sym'}",
+        ),
+        ("{fc: {0: {mode: {activations: sym}}}}", "mode", "{'activations': 'sym'}"),
+    ],
+)
+def test_input_has_one_mode(write_config, text, settings, found):
+    tree = {"quantizers": {"overrides": {p: {"input_overrides": s} for p, s in yaml.safe_load(text).items()}}}
+    path = write_config(yaml.safe_dump(tree))
+    assert problems_of(path) == (
+        f"{path}:5: overrides.fc.input_overrides.0.mode: found {found}; an input has one mode, such as asym_u"
+    )
+
+
+# Devices
+
+
+def test_file_names_one_device(write_config):
+    path = write_config("run:\n  gpus: 0\n  cpu: true\n")
+    assert problems_of(path) == (
+        f"{path}:2: run: cpu and gpus both say where the network runs; keep one of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "flag", "device"),
+    [
+        ("cpu: true", {"gpus": "1"}, "cuda:1"),
+        ("gpus: 1", {"cpu": True}, "cpu"),
+        ("gpus: 1", {"device": "cpu"}, "cpu"),
+        ("gpus: 1", {"cpu": False}, "cuda:1"),
+        ("{device: cpu, cpu: false, gpus: null}", {"gpus": "0"}, "cuda:0"),
+    ],
+)
+def test_flag_for_a_device_wins_over_every_device_of_the_file(write_config, text, flag, device):
+    text = text if text.startswith("{") else f"{{{text}}}"
+    assert load_config(write_config(f"run: {text}"), **flag).run.chosen_device == device
+
+
 # Keys
 
 
@@ -215,6 +259,29 @@ def test_relative_path_is_looked_up_beside_the_file(write_config, tmp_path):
 
 def test_relative_path_that_is_not_beside_the_file_stays_relative(write_config):
     assert load_config(write_config("data: {path: images}")).data.path == Path("images")
+
+
+def test_variable_in_a_path_is_replaced(write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGES_HERE", str(tmp_path))
+    monkeypatch.setenv("PART", "val")
+    path = write_config("data: {path: '${IMAGES_HERE}/images/${PART}', split: '${PART}'}")
+    found = load_config(path).data
+    assert (found.path, found.split) == (tmp_path / "images" / "val", "${PART}")
+
+
+def test_variable_that_is_not_set_is_refused_with_its_line(write_config, monkeypatch):
+    monkeypatch.delenv("IMAGES_HERE", raising=False)
+    path = write_config("data:\n  path: ${IMAGES_HERE}/images\nquantizers: {stats_file: $x}")
+    assert problems_of(path) == (
+        f"{path}:2: data.path: found ${{IMAGES_HERE}}/images, but IMAGES_HERE is not set; "
+        "set it, as in 'export IMAGES_HERE=/path/to', or name another path"
+    )
+
+
+def test_variable_of_a_path_that_a_flag_replaces_need_not_be_set(write_config, monkeypatch):
+    monkeypatch.delenv("IMAGES_HERE", raising=False)
+    path = write_config("data:\n  path: ${IMAGES_HERE}/images\n")
+    assert load_config(path, path=Path("mine")).data.path == Path("mine")
 
 
 def test_path_longer_than_any_file_name_stays_as_it_is(write_config):

@@ -167,5 +167,5 @@ class Bench:
             return ranges.given
         key = config.calibration
         if key not in self._stats:
-            self._stats[key] = runs.measure_stats(config, self._traced, ranges.calibration)
+            self._stats[key], _ = runs.measure_stats(config, self._traced, ranges.calibration)
         return self._stats[key]

@@ -11,160 +11,23 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 import click
 
-from qtool.config import SECTIONS, Config, load_config, options_of
+from qtool.cli.commands import INTERRUPTED, QtoolCommand, QtoolGroup, config_options, refuse_together
+from qtool.config import DEVICE_OPTIONS, Config, load_config
 from qtool.config.options import PositiveFloat
-from qtool.errors import QtoolError
 
 LOG = logging.getLogger("qtool")
-
-INTERRUPTED = "interrupted: files that were not finished have not been written"
-
-
-class QtoolCommand(click.Command):
-    """A command whose help groups options by section, and whose errors are one message."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _spread_lists(args, self))
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        grouped: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                grouped.setdefault(_HEADINGS.get(param.name or "", "General"), []).append(record)
-        for heading, records in grouped.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        handler = _log_to_stderr()
-        try:
-            return super().invoke(ctx)
-        except QtoolError as error:
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}", err=True)
-            raise SystemExit(1) from error
-        except (KeyboardInterrupt, click.Abort) as error:
-            click.echo(INTERRUPTED, err=True)
-            raise SystemExit(1) from error
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            click.echo("error: out of memory; try a smaller --batch-size", err=True)
-            raise SystemExit(1) from error
-        finally:
-            LOG.removeHandler(handler)
-
-
-def _spread_lists(args: list[str], command: click.Command) -> list[str]:
-    """Repeat a list option for each of the words behind it, as Distiller's parser takes them.
-
-    The list ends at the next option, and at a word that is the name of a file or folder: that is DATA.
-    """
-    lists = {flag for p in command.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
-    spread: list[str] = []
-    current: str | None = None
-    first = False
-    for position, arg in enumerate(args):
-        if arg == "--":
-            return spread + args[position:]
-        if arg.startswith("-") and len(arg) > 1:
-            current, first = (arg if arg in lists else None), True
-        elif current is not None and not first and not os.path.lexists(arg):
-            spread.append(current)
-        elif current is not None and not first:
-            current = None
-        else:
-            first = False
-        spread.append(arg)
-    return spread
-
-
-class QtoolGroup(click.Group):
-    """The commands; an output that the system refuses, help included, is one message."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'stdout'}: {error.strerror or error}", err=True)
-            raise SystemExit(1) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python or torch, whose error is a RuntimeError, that got no memory."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )
 
 
 def _print(text: str) -> None:
     """Write results to stdout; what its encoding lacks, such as a byte in a file name, is escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-_HEADINGS = {name: str(cls.__doc__) for cls in SECTIONS.values() for name, _, _ in options_of(cls)}
-
-
-def _log_to_stderr() -> logging.Handler:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.setLevel(logging.INFO)
-    LOG.addHandler(handler)
-    LOG.setLevel(logging.DEBUG)  # the log of a run has more
-    LOG.propagate = False
-    return handler
-
-
-class QtoolOption(click.Option):
-    """An option whose default, where it is described in words, is shown without parentheses."""
-
-    def get_help_extra(self, ctx: click.Context) -> Any:
-        extra = super().get_help_extra(ctx)
-        if isinstance(self.show_default, str):
-            extra["default"] = self.show_default
-        return extra
-
-
-def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the flags of some sections, and -c."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        described = [item for name in sections for item in options_of(SECTIONS[name])]
-        for name, default, opt in reversed(described):
-            if not opt.flags:
-                continue
-            has_default = not (default is None or default is False or default == ())
-            shown = opt.shown_default or (str(default) if has_default else None)
-            command = click.option(
-                *opt.flags,
-                name,
-                cls=QtoolOption,
-                type=None if opt.is_flag else opt.type,
-                is_flag=opt.is_flag,
-                multiple=opt.multiple,
-                default=None,
-                metavar=opt.metavar,
-                help=opt.help,
-                show_default=shown or False,
-            )(command)
-        return click.option(
-            "-c",
-            "--config",
-            "config_file",
-            type=click.Path(path_type=Path),
-            help="YAML file with any of these settings; flags win over it.",
-        )(command)
-
-    return decorate
 
 
 def _pipeline(name: str = "runs") -> ModuleType:
@@ -195,6 +58,7 @@ DEFAULT_CONFIG = Path("qtool.yaml")
 
 
 def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    refuse_together({f"--{name}": flags.get(name) for name in DEVICE_OPTIONS})
     if config_file is None and DEFAULT_CONFIG.is_file():
         LOG.info("settings from %s", DEFAULT_CONFIG)
         config_file = DEFAULT_CONFIG
@@ -262,7 +126,7 @@ def quantize(
     Example:
         qtool quantize -a resnet18 --pretrained --qe-mode asym_u --qe-per-channel /data/imagenet
     """
-    _refuse_together(
+    refuse_together(
         {
             "--qe-stats-file": flags["stats_file"],
             "--qe-dynamic": flags["dynamic"],
@@ -271,7 +135,7 @@ def quantize(
         }
     )
     if calibration_portion is not None:
-        _refuse_together({"--qe-calibration": calibration_portion, "--fraction": flags["fraction"]})
+        refuse_together({"--qe-calibration": calibration_portion, "--fraction": flags["fraction"]})
         flags["fraction"] = calibration_portion
     config = _config(config_file, flags)
     if calibration_portion is not None and not (evaluate_ and quantize_eval):
@@ -279,12 +143,6 @@ def quantize(
         _print(_pipeline().calibrate(config).text)
     else:
         _print(_pipeline().quantize(config).text)
-
-
-def _refuse_together(flags: dict[str, Any]) -> None:
-    given = [flag for flag, value in flags.items() if value]
-    if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(given)} exclude one another; give one of them.")
 
 
 @main.command("search-clipping", cls=QtoolCommand)
@@ -323,6 +181,42 @@ def layers(config_file: Path | None, **flags: Any) -> None:
         qtool layers -a resnet18 --qe-no-quant-layers conv1,fc
     """
     _print(_pipeline().list_layers(_config(config_file, flags)))
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="File to write; - prints it.",
+)
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@config_options("model", "data", "calibration", "quantizers")
+def init(config_file: Path | None, output: Path, force: bool, **flags: Any) -> None:
+    """Write a commented YAML file for a network, with all that is set here and every other option.
+
+    \b
+    Example:
+        qtool init -a resnet18 --checkpoint resnet18.pth --qe-mode asym_u /data/imagenet
+    """
+    _print(_pipeline("init").write_template(load_config(config_file, **flags), output, force))
+
+
+@main.command(cls=QtoolCommand)
+@click.argument("kind", type=click.Choice(["config", "check"]), default="config")
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a YAML file: for -c, or for 'qtool check'.
+
+    \b
+    Example:
+        qtool schema check > gate_schema.json
+    """
+    from qtool.config.schema import schema_text
+
+    _print(schema_text(kind).removesuffix("\n"))
 
 
 @main.command(cls=QtoolCommand)

@@ -1,0 +1,48 @@
+"""Every option once, in the section of the YAML file that it stands in: a file for each kind of section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
+from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
+from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
+from qtool.config.sections.searches import LapqConfig, SearchConfig
+
+__all__ = [
+    "DEVICE_OPTIONS",
+    "INPUT_SETTINGS",
+    "OVERRIDABLE",
+    "SECTIONS",
+    "CalibrationConfig",
+    "Config",
+    "DataConfig",
+    "LapqConfig",
+    "ModelConfig",
+    "QuantizeConfig",
+    "RunConfig",
+    "SearchConfig",
+]
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "calibration": CalibrationConfig,
+    "quantizers": QuantizeConfig,
+    "lapq": LapqConfig,
+    "search": SearchConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a user asked for, checked."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
+    lapq: LapqConfig = field(default_factory=LapqConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
