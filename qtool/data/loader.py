@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     """int64, shape (N,)"""
     indices: Tensor
     """int64, shape (N,): the numbers of the images in their dataset"""
+    number: int
+    """of this batch among those of all processes"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,20 @@ class Loader:
         bad_images: the paths of the images that the last iteration left out.
     """
 
-    def __init__(self, dataset: ImageDataset, indices: Sequence[int], batch_size: int, workers: int) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        indices: Sequence[int],
+        batch_size: int,
+        workers: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.dataset = dataset
-        self.num_images = len(indices)
         self.bad_images: list[str] = []
-        self._batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        self._first, self._step = share
+        batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        self._batches = batches[self._first :: self._step]
+        self.num_images = sum(map(len, self._batches))
         self._workers = workers
 
     def __len__(self) -> int:
@@ -67,7 +78,8 @@ class Loader:
         """
         self.bad_images = []
         reason = ""
-        for read in ordered_map(partial(_read_batch, self.dataset), self._batches, self._workers):
+        reads = ordered_map(partial(_read_batch, self.dataset), self._batches, self._workers)
+        for position, read in enumerate(reads):
             reason = reason or next(iter(read.bad.values()), "")
             if reason and not self.dataset.skip_bad_images:
                 raise DataError(f"{reason}; replace the image or pass --skip-bad-images")
@@ -76,13 +88,19 @@ class Loader:
             self.bad_images += map(self.dataset.path_of, read.bad)
             if read.images is not None:
                 images = torch.from_numpy(read.images)
-                yield Batch(images, torch.tensor(read.labels), torch.tensor(read.indices))
-        if len(self.bad_images) == self.num_images:
+                number = self._first + position * self._step
+                yield Batch(images, torch.tensor(read.labels), torch.tensor(read.indices), number)
+        if self.num_images and len(self.bad_images) == self.num_images:
             raise DataError(f"{self.dataset.name}: none of {self.num_images} images can be read; {reason}")
 
 
 def make_loader(
-    dataset: ImageDataset, *, batch_size: int, workers: int, indices: Sequence[int] | None = None
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    workers: int,
+    indices: Sequence[int] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Loader:
     """Batches of some images of a dataset, in the order of indices.
 
@@ -91,6 +109,7 @@ def make_loader(
         batch_size: images per batch, at least 1; the last batch may have fewer.
         workers: how many processes read images; 0 reads them in this one.
         indices: the numbers of the images, or None for all.
+        share: (k, n) for the batches number k, k + n, k + 2n, ...
 
     Raises:
         ValueError: if batch_size or workers is out of its range.
@@ -101,7 +120,7 @@ def make_loader(
     chosen = range(len(dataset)) if indices is None else indices
     if len(chosen) == 0:
         raise DataError(f"{dataset.name}: no images")
-    return Loader(dataset, chosen, batch_size, workers)
+    return Loader(dataset, chosen, batch_size, workers, share)
 
 
 @contextmanager

@@ -94,6 +94,11 @@ class Observation:
         found = {node.name: w.observer.sums() for node, w in self.watches.items() if w.observer is not None}
         return {name: sums for name, sums in found.items() if sums is not None}
 
+    def pivots_found(self) -> dict[str, float]:
+        """From which value deviations are measured, by the name of the node."""
+        watched = {node.name: w.observer for node, w in self.watches.items() if w.observer is not None}
+        return {name: o.pivot for name, o in watched.items() if o.pivot is not None}
+
     def see(self, watch: _Watch, x: Tensor) -> None:
         """Give one tensor of the present chunk to its observer."""
         assert self.chunk is not None

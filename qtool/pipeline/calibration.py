@@ -7,22 +7,25 @@ the images come in nor the number of processes changes a byte of the result.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, fx
 
 from qtool.graph.fast import Fast, fast
-from qtool.graph.observe import Observation
+from qtool.graph.observe import model_stats, observe
 from qtool.graph.trace import float_tensors
+from qtool.observers.stats import ModelStats
+from qtool.observers.sums import TensorSums
+from qtool.pipeline.ranks import ALONE, Ranks
 
 LOG = logging.getLogger("qtool")
 
-# Elements of the input that make a chunk: sixteen images of 3 x 224 x 224. With fewer, torch takes a slow way
-# through 1 x 1 convolutions when it has one thread; activations of more do not
-# stay in the cache.
+# Elements of the input that make a chunk: sixteen images of 3 x 224 x 224. With fewer, torch takes a slow
+# way through 1 x 1 convolutions when it has one thread; activations of more do not stay in the cache.
 CHUNK_ELEMENTS = 16 * 3 * 224 * 224
 MAX_CHUNK = 128
 # How far the fast form of the network may be from the network, relative to the largest output.
@@ -56,40 +59,74 @@ def chunks(batches: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield torch.cat(waiting)
 
 
-def run_chunks(
-    observation: Observation,
-    batches: Iterator[Tensor],
-    device: str | torch.device,
-    start: int = 0,
-    step: int = 1,
-) -> None:
-    """Send images through the network, those of every step-th chunk from number start on."""
-    size: int | None = None
-    number = start
-    first_batch = next(batches)
-    size = chunk_size(tuple(first_batch.shape[1:]))
+def measure(
+    traced: fx.GraphModule,
+    stream: Iterable[tuple[int, Tensor]],
+    size: int,
+    *,
+    device: str | torch.device = "cpu",
+    batchwise: str = "auto",
+    group: int = 1,
+    ranks: Ranks = ALONE,
+) -> ModelStats:
+    """The statistics of all tensors of a network, of the chunks of all processes.
 
-    def all_batches() -> Iterator[Tensor]:
-        yield first_batch
-        yield from batches
+    Args:
+        traced: in evaluation mode, on device.
+        stream: number and images of each chunk of this process; chunk number k starts with image k * size.
+        size: images of a whole chunk.
+        device: where the network is.
+        batchwise: see graph.observe.Observation.
+        group: how many images make one item of the averages.
+        ranks: the processes that share the chunks, which are the k-th ones of process k, k + K, ...
 
-    for images in chunks(all_batches(), size):
-        on_device = images.to(device)
-        if on_device.dim() == 4:
-            on_device = on_device.contiguous(memory_format=torch.channels_last)
-        observation.run(on_device, number, number * size)
-        number += step
+    Raises:
+        NonFiniteError, StatsError: see Observation.run.
+        ProcessEnded: if another process has ended.
+    """
+    chunks_left = iter(stream)
+    with torch.no_grad():
+        network = fast_or_plain(traced)
+        pivots = None if ranks.first else ranks.from_first(None)
+        with observe(network, batchwise, pivots) as observation:
+            if ranks.first:
+                # The others measure deviations from the same values.
+                for number, images in itertools.islice(chunks_left, 1):
+                    observation.run(_as_input(images, device), number, number * size)
+                ranks.from_first(observation.pivots_found())
+            for number, images in chunks_left:
+                observation.run(_as_input(images, device), number, number * size)
+            return model_stats(network, _merged(ranks.gather(observation.sums())), group)
 
 
-def fast_or_plain(traced: fx.GraphModule, image: Tensor) -> Fast:
-    """The fast form of a network; the network itself where that computes something else on one image."""
+def _merged(parts: list[dict[str, TensorSums]]) -> dict[str, TensorSums]:
+    """The sums of all processes; one that had no images has none."""
+    merged: dict[str, TensorSums] = {}
+    for part in parts:
+        for name, sums in part.items():
+            merged[name] = merged[name].merge(sums) if name in merged else sums
+    return merged
+
+
+def _as_input(images: Tensor, device: str | torch.device) -> Tensor:
+    images = images.to(device)
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+def fast_or_plain(traced: fx.GraphModule) -> Fast:
+    """The fast form of a network; the network itself where that computes something else on noise."""
     network = fast(traced)
+    values = [n.meta["value"] for n in traced.graph.nodes if n.op == "placeholder"]
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in traced.parameters()), torch.device("cpu"))
+    noise = [torch.randn(v[:1].shape, generator=generator).to(device, v.dtype) for v in values]
     try:
-        for a, b in zip(float_tensors(traced(image)), float_tensors(network.traced(image)), strict=True):
+        pairs = zip(float_tensors(traced(*noise)), float_tensors(network.traced(*noise)), strict=True)
+        for a, b in pairs:
             off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
             if not off <= FAST_TOLERANCE and bool(torch.isfinite(a).all()):
                 raise ValueError(f"its output is off by {off:.1e}")
-    except (RuntimeError, ValueError) as error:
-        LOG.warning("calibrating without the faster form of the network: %s", error)
+    except (RuntimeError, ValueError, TypeError) as error:
+        LOG.warning("calibrating without the faster form of the network: %s", str(error).splitlines()[0])
         return Fast(traced, {})
     return network

@@ -21,6 +21,7 @@ from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
 from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.steps import example_input
 from qtool.quantizers.checkpoint import from_checkpoint, is_quantized
 from qtool.quantizers.prepare import QuantizedModel
@@ -200,10 +201,14 @@ class Images:
     preprocessing: Preprocessing
     from_evaluation: bool = False
 
-    def loader(self, config: Config) -> Loader:
-        """Batches of them, in order."""
+    def loader(self, config: Config, batch_size: int | None = None, ranks: Ranks = ALONE) -> Loader:
+        """Batches of them, in order: those of this process, of the size that is asked for, or the run's."""
         return make_loader(
-            self.dataset, batch_size=config.data.batch_size, workers=config.data.workers, indices=self.indices
+            self.dataset,
+            batch_size=batch_size or config.data.batch_size,
+            workers=config.data.workers,
+            indices=self.indices,
+            share=(ranks.rank, ranks.size),
         )
 
 

@@ -23,14 +23,14 @@ from tqdm import tqdm
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import check_network, fingerprint
-from qtool.graph.observe import model_stats, observe
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
 from qtool.models import read_checkpoint
 from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
-from qtool.pipeline.calibration import fast_or_plain, run_chunks
+from qtool.pipeline.calibration import chunk_size, chunks, measure
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
 from qtool.quantizers.prepare import QuantizedModel, quantize_graph
 from qtool.report import Result
@@ -39,6 +39,7 @@ from qtool.run_dir import write_whole
 Transform = Callable[[Any], Any]
 Network = TypeVar("Network", bound=nn.Module)
 EXAMPLE_IMAGES = 2
+NO_IMAGES = "no images: the data set, or the part of it that was asked for, is empty"
 
 
 def calibrate(
@@ -69,11 +70,11 @@ def calibrate(
     stream = _batches(batches, transform, progress and "calibrating")
     first, _ = next(stream)
     traced = evaluable(_as_traced(model) or trace(model, first[:EXAMPLE_IMAGES]), device)
-    with torch.no_grad():
-        network = fast_or_plain(traced, first[:1].to(device))
-        with observe(network, batchwise) as observation:
-            run_chunks(observation, itertools.chain([first], (images for images, _ in stream)), device)
-            stats = model_stats(network, observation.sums(), len(first) if batchwise == "off" else 1)
+    size = chunk_size(tuple(first.shape[1:]))
+    images = itertools.chain([first], (images for images, _ in stream))
+    group = len(first) if batchwise == "off" else 1
+    numbered = enumerate(chunks(images, size))
+    stats = measure(traced, numbered, size, device=device, batchwise=batchwise, group=group)
     return replace(stats, fingerprint=fingerprint(traced))
 
 
@@ -124,6 +125,7 @@ def evaluate(
     *,
     device: str | torch.device = "cpu",
     progress: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Top-1, top-5 and loss of a network that gives logits (N, classes).
 
@@ -133,24 +135,33 @@ def evaluate(
         transform: from an item to images and labels, see above.
         device: where the network runs.
         progress: what to call the bar on stderr; None for no bar.
+        ranks: the processes that share the batches, which then say their numbers.
 
     Raises:
         DataError: if there are no batches, no labels, or labels that the network has no output for.
     """
     on_device = evaluable(model, device)
-    labels, logits, indices = [], [], []
+    parts: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
     seconds = 0.0
     with torch.no_grad():
-        for images, others in _batches(batches, transform, progress):
+        for count, (images, others) in enumerate(_batches(batches, transform, progress, ranks.size > 1)):
             if not others:
                 raise DataError("evaluation needs labels: give batches of images and labels, or a transform")
             start = time.perf_counter()
             output = _as_logits(on_device(images.to(device))).cpu()
             seconds += time.perf_counter() - start
-            labels.append(torch.as_tensor(others[0]).long())
-            logits.append(output.float())
-            indices += [torch.as_tensor(others[1])] if len(others) > 1 else []
-    return _summarize(torch.cat(labels), torch.cat(logits), seconds, torch.cat(indices) if indices else None)
+            indices = torch.as_tensor(others[1]) if len(others) > 1 else None
+            number = int(others[2]) if len(others) > 2 else count
+            parts.append((number, torch.as_tensor(others[0]).long(), output.float(), indices))
+    shares = ranks.gather((parts, seconds))
+    whole = sorted((part for share, _ in shares for part in share), key=lambda part: part[0])
+    if not whole:
+        raise DataError(NO_IMAGES)
+    _, labels, logits, numbers = zip(*whole, strict=True)
+    known = [n for n in numbers if n is not None]
+    return _summarize(
+        torch.cat(labels), torch.cat(logits), max(s for _, s in shares), torch.cat(known) if known else None
+    )
 
 
 def _summarize(labels: Tensor, logits: Tensor, seconds: float, indices: Tensor | None) -> Result:
@@ -197,7 +208,10 @@ def load(path: Path, architecture: nn.Module, example: Tensor) -> QuantizedModel
 
 
 def _batches(
-    batches: Iterable[Any], transform: Transform | None, progress: str | bool | None
+    batches: Iterable[Any],
+    transform: Transform | None,
+    progress: str | bool | None,
+    may_be_empty: bool = False,
 ) -> Iterator[tuple[Tensor, list[Any]]]:
     """Images, and whatever came with them."""
     count = 0
@@ -208,8 +222,8 @@ def _batches(
         if len(images):
             count += len(images)
             yield images, others
-    if count == 0:
-        raise DataError("no images: the data set, or the part of it that was asked for, is empty")
+    if count == 0 and not may_be_empty:
+        raise DataError(NO_IMAGES)
 
 
 def _as_traced(model: nn.Module) -> fx.GraphModule | None:
