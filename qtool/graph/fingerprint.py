@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qtool.errors import StatsError
+from qtool.graph.observe import example_size
 from qtool.graph.trace import layers
 from qtool.observers.fingerprint import Fingerprint
 from qtool.observers.stats import ModelStats
@@ -18,13 +20,14 @@ MEASURE = "measure this network with 'qtool calibrate'"
 
 
 def fingerprint(traced: fx.GraphModule) -> Fingerprint:
-    """What a network is, without its weights: its layers, and the shapes of what they give on the example."""
+    """What a network is, without its weights: its layers, and the sizes of what they give for one image."""
     inputs = [n.meta.get("value") for n in traced.graph.nodes if n.op == "placeholder"]
-    shapes = _output_shapes(traced)
+    shapes, images = _output_shapes(traced), example_size(traced)
+    sizes = [None if s is None else (len(s), math.prod(s) / images) for s in shapes.values()]
     return Fingerprint(
-        inputs=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
+        inputs=tuple(tuple(value.shape[1:]) for value in inputs if isinstance(value, Tensor)),
         names=_sha256("\n".join(shapes)),
-        shapes=_sha256("\n".join(str(shape) for shape in shapes.values())),
+        sizes=_sha256("\n".join(str(size) for size in sizes)),
     )
 
 
@@ -47,8 +50,8 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def check_network(stats: ModelStats, traced: fx.GraphModule) -> None:
     """Refuse statistics that were measured on a network of other layers, or of other sizes.
 
-    Statistics without a fingerprint, such as Distiller's, pass. Shapes are compared only if both
-    networks were traced with inputs of one shape.
+    Statistics without a fingerprint, such as Distiller's, pass. Sizes are compared only if both
+    networks were traced with images of one size.
 
     Raises:
         StatsError: naming what differs.
@@ -59,7 +62,7 @@ def check_network(stats: ModelStats, traced: fx.GraphModule) -> None:
     here = fingerprint(traced)
     if there.names != here.names:
         difference = _difference_of_names(stats, traced)
-    elif there.inputs == here.inputs and there.shapes != here.shapes:
+    elif there.inputs == here.inputs and there.sizes != here.sizes:
         difference = _difference_of_shapes(stats, traced)
     else:
         return

@@ -17,16 +17,16 @@ class Fingerprint:
     """A network, its weights, and how images become its input.
 
     Args:
-        inputs: shapes of the example inputs that the network was traced with.
+        inputs: shapes of what the network takes, for one image.
         names: SHA-256 of the names of its layers, in order.
-        shapes: SHA-256 of the shapes of what they give on these inputs.
+        sizes: SHA-256 of the number of axes and of elements that they give for one image, in order.
         weights: SHA-256 of the weights, None where nobody said.
         preprocessing: steps from an image to a tensor, by name, None where nobody said.
     """
 
     inputs: tuple[Shape, ...]
     names: str
-    shapes: str
+    sizes: str
     weights: str | None = None
     preprocessing: Mapping[str, Any] | None = None
 
@@ -36,7 +36,7 @@ def fingerprint_tree(fingerprint: Fingerprint) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "inputs": [str(shape) for shape in fingerprint.inputs],
         "names": fingerprint.names,
-        "shapes": fingerprint.shapes,
+        "sizes": fingerprint.sizes,
     }
     if fingerprint.weights is not None:
         tree["weights"] = fingerprint.weights
@@ -53,8 +53,8 @@ def read_fingerprint(tree: Any) -> Fingerprint:
         ValueError: naming what is wrong.
     """
     if not isinstance(tree, dict):
-        raise ValueError("a mapping with inputs, names and shapes is wanted")
-    for key in ("names", "shapes", "weights"):
+        raise ValueError("a mapping with inputs, names and sizes is wanted")
+    for key in ("names", "sizes", "weights"):
         if not isinstance(tree.get(key, None if key == "weights" else 0), str | None):
             raise ValueError(f"{key}: found {tree.get(key)!r}; a text is wanted")
     steps = tree.get("preprocessing")
@@ -62,7 +62,7 @@ def read_fingerprint(tree: Any) -> Fingerprint:
         raise ValueError(f"preprocessing: found {steps!r}; a mapping is wanted")
     preprocessing = None if steps is None else {str(k): _without_lists(v) for k, v in steps.items()}
     return Fingerprint(
-        _read_shapes(tree.get("inputs")), tree["names"], tree["shapes"], tree.get("weights"), preprocessing
+        _read_shapes(tree.get("inputs")), tree["names"], tree["sizes"], tree.get("weights"), preprocessing
     )
 
 
@@ -72,7 +72,7 @@ def _read_shapes(texts: Any) -> tuple[Shape, ...]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         shapes = (("?",),)
     if not all(isinstance(n, int) for shape in shapes for n in shape):
-        raise ValueError(f"inputs: found {texts!r}; shapes such as (2, 3, 224, 224) are wanted")
+        raise ValueError(f"inputs: found {texts!r}; shapes such as (3, 224, 224) are wanted")
     return shapes
 
 
@@ -83,7 +83,7 @@ def _without_lists(value: Any) -> Any:
 def differences_of_images(there: Fingerprint, here: Fingerprint) -> list[str]:
     """How the images of two fingerprints differ, in words; what one of them does not say is no difference."""
     found = []
-    if [s[1:] for s in there.inputs] != [s[1:] for s in here.inputs]:
+    if there.inputs != here.inputs:
         found.append(f"inputs {_in_words(there.inputs)} (here {_in_words(here.inputs)})")
     steps, own = there.preprocessing or {}, here.preprocessing or {}
     for name in steps.keys() & own.keys():
@@ -93,7 +93,7 @@ def differences_of_images(there: Fingerprint, here: Fingerprint) -> list[str]:
 
 
 def _in_words(shapes: tuple[Shape, ...]) -> str:
-    return " and ".join("x".join(str(n) for n in shape[1:]) for shape in shapes)
+    return " and ".join("x".join(str(n) for n in shape) for shape in shapes)
 
 
 def _value(value: Any) -> str:

@@ -37,6 +37,7 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
+from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.provenance import check_origin, fingerprint_of
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import open_search, quantize_with_lapq
@@ -89,6 +90,7 @@ def quantize(config: Config) -> Outcome:
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
+    note_idle_settings(traced, config.quantizers)
     ranges = find_ranges(config, subject, traced, evaluation)
     searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
     with run_folder(config) as folder:

@@ -32,6 +32,7 @@ def stats():
 def test_the_same_network_fits_whatever_its_weights_and_its_batches(stats):
     check_network(stats, trace(net(), batch()))
     check_network(stats, trace(net(), batch(count=1)))
+    assert fingerprint(trace(net(), batch(count=1))) == fingerprint(trace(net(), batch(count=5)))
     assert qtool.quantize(net(), stats)(batch()).shape == (4, 5, 6, 6)
 
 

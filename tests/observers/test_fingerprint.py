@@ -18,8 +18,8 @@ from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.stats_yaml import write_stats
 
 STEPS = {"resize": 256, "crop": None, "mean": (0.5, 0.25), "interpolation": "bilinear"}
-FULL = Fingerprint(((2, 3, 224, 224),), "abc", "def", "123", STEPS)
-BARE = Fingerprint(((2, 3, 8, 8), (2, 5)), "abc", "def")
+FULL = Fingerprint(((3, 224, 224),), "abc", "def", "123", STEPS)
+BARE = Fingerprint(((3, 8, 8), (5,)), "abc", "def")
 
 
 @pytest.mark.parametrize("fingerprint", [FULL, BARE])
@@ -50,14 +50,14 @@ def test_other_keys_of_the_header_are_left_to_newer_versions(tmp_path):
     ("header", "message"),
     [
         (3, ".qtool: found int 3; a mapping is wanted"),
-        ({"fingerprint": []}, ".qtool.fingerprint: a mapping with inputs, names and shapes is wanted"),
+        ({"fingerprint": []}, ".qtool.fingerprint: a mapping with inputs, names and sizes is wanted"),
         ({"fingerprint": {"names": 3}}, ".qtool.fingerprint: names: found 3; a text is wanted"),
         (
-            {"fingerprint": {"names": "a", "shapes": "b", "inputs": ["(2,", 3]}},
-            ".qtool.fingerprint: inputs: found ['(2,', 3]; shapes such as (2, 3, 224, 224) are wanted",
+            {"fingerprint": {"names": "a", "sizes": "b", "inputs": ["(2,", 3]}},
+            ".qtool.fingerprint: inputs: found ['(2,', 3]; shapes such as (3, 224, 224) are wanted",
         ),
         (
-            {"fingerprint": {"names": "a", "shapes": "b", "inputs": [], "preprocessing": 7}},
+            {"fingerprint": {"names": "a", "sizes": "b", "inputs": [], "preprocessing": 7}},
             ".qtool.fingerprint: preprocessing: found 7; a mapping is wanted",
         ),
     ],
@@ -72,7 +72,7 @@ def test_a_damaged_header_is_one_line(header, message, tmp_path):
 
 def test_e9_differences_of_images_are_named_with_both_values():
     other = {**STEPS, "crop": 192, "mean": (0.5, 0.5)}
-    here = replace(FULL, inputs=((2, 3, 192, 192),), preprocessing=other)
+    here = replace(FULL, inputs=((3, 192, 192),), preprocessing=other)
     assert differences_of_images(FULL, here) == [
         "crop none (here 192)",
         "inputs 3x224x224 (here 3x192x192)",

@@ -65,8 +65,8 @@ def stats(run) -> Path:
 
 def test_e9_a_calibration_says_what_it_measured(stats):
     found = yaml.safe_load(stats.read_text())[".qtool"]["fingerprint"]
-    assert found["inputs"] == ["(2, 1, 8, 8)"]
-    assert {"names", "shapes", "weights"} <= found.keys()
+    assert found["inputs"] == ["(1, 8, 8)"]
+    assert {"names", "sizes", "weights"} <= found.keys()
     assert set(found["preprocessing"]) == {"resize", "crop", "mean", "std", "interpolation"}
 
 
