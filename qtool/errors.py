@@ -32,6 +32,14 @@ class OutputError(QtoolError):
     """A result that cannot be written."""
 
 
+class ProcessEnded(QtoolError):
+    """Another process of the run has ended, so that this one cannot go on."""
+
+
+class ShareError(QtoolError):
+    """What went wrong in the share of one process, which the others do not know."""
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """The candidates spelled most like name, as `; did you mean 'a' or 'b'?`, or nothing.
 

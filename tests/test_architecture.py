@@ -10,7 +10,7 @@ NUMERICS = {"errors", "numerics"}
 GRAPH = NUMERICS | {"observers", "graph"}
 QUANTIZERS = GRAPH | {"quantizers"}
 SEARCH = QUANTIZERS | {"algorithms", "deploy", "search"}
-PIPELINE = SEARCH | {"data", "models", "report", "config", "run_dir", "pipeline"}
+PIPELINE = SEARCH | {"data", "models", "report", "config", "run_dir", "launch", "pipeline"}
 MAY_IMPORT = {
     "errors": set(),
     "numerics": NUMERICS,
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "report": NUMERICS,
     "config": NUMERICS,
     "run_dir": {"errors"},
+    "launch": {"errors"},
     "pipeline": PIPELINE,
     "cli": PIPELINE,
     "__main__": {"cli"},

@@ -50,6 +50,14 @@ def _exit_now(_number: int, _frame: FrameType | None) -> None:
     os._exit(1)
 
 
+def _shared_run(command: str, config: Config) -> None:
+    """Make a run of pipeline.runs, with the other processes that torchrun has started; the first speaks."""
+    with _pipeline("ranks").joined(config.run.chosen_device) as ranks:
+        outcome = getattr(_pipeline(), command)(config, ranks)
+        if ranks.first:
+            _print(outcome.text)
+
+
 DATA = click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
 
 
@@ -90,7 +98,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool calibrate -a resnet18 --pretrained --fraction 0.05 /data/imagenet
     """
-    _print(_pipeline().calibrate(_config(config_file, flags)).text)
+    _shared_run("calibrate", _config(config_file, flags))
 
 
 @main.command(cls=QtoolCommand)
@@ -140,9 +148,9 @@ def quantize(
     config = _config(config_file, flags)
     if calibration_portion is not None and not (evaluate_ and quantize_eval):
         LOG.info("--qe-calibration without --evaluate --quantize-eval: measuring statistics only")
-        _print(_pipeline().calibrate(config).text)
+        _shared_run("calibrate", config)
     else:
-        _print(_pipeline().quantize(config).text)
+        _shared_run("quantize", config)
 
 
 @main.command("search-clipping", cls=QtoolCommand)
@@ -168,7 +176,7 @@ def evaluate(config_file: Path | None, **flags: Any) -> None:
     Example:
         qtool evaluate --checkpoint logs/RUN/quantized_checkpoint.pth.tar /data/imagenet
     """
-    _print(_pipeline().evaluate(_config(config_file, flags)).text)
+    _shared_run("evaluate", _config(config_file, flags))
 
 
 @main.command(cls=QtoolCommand)

@@ -12,11 +12,16 @@ from typing import Any
 import click
 
 from qtool.config import SECTIONS, options_of
-from qtool.errors import QtoolError
+from qtool.errors import ConfigError, QtoolError, ShareError
+from qtool.launch import launched, speaks
 
 LOG = logging.getLogger("qtool")
 
 INTERRUPTED = "interrupted: files that were not finished have not been written"
+
+
+# The commands whose images several processes can share.
+SHARED = ("calibrate", "quantize", "evaluate")
 
 
 class QtoolCommand(click.Command):
@@ -41,9 +46,12 @@ class QtoolCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         handler = _log_to_stderr()
         try:
+            if launched() > 1 and ctx.command.name not in SHARED:
+                raise ConfigError(f"qtool {ctx.command.name}: runs in one process; start it without torchrun")
             return super().invoke(ctx)
         except QtoolError as error:
-            for line in str(error).splitlines():
+            # What all processes of a run find is said by the first.
+            for line in str(error).splitlines() if speaks() or isinstance(error, ShareError) else ():
                 click.echo(f"error: {line}", err=True)
             raise SystemExit(1) from error
         except (KeyboardInterrupt, click.Abort) as error:
@@ -119,7 +127,7 @@ _HEADINGS = {name: str(cls.__doc__) for cls in SECTIONS.values() for name, _, _ 
 def _log_to_stderr() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.setLevel(logging.INFO)
+    handler.setLevel(logging.INFO if speaks() else logging.CRITICAL)
     LOG.addHandler(handler)
     LOG.setLevel(logging.DEBUG)  # the log of a run has more
     LOG.propagate = False

@@ -39,7 +39,6 @@ SAME_VALUES = ops.KEEPS_GRID | {
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
 CLAMPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-BATCHWISE = ("auto", "on", "off")
 
 
 class NonFiniteError(StatsError):

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from qtool.errors import ConfigError, QtoolError
+from qtool.errors import ConfigError, ProcessEnded, QtoolError, ShareError
+from qtool.launch import launched
 
 LOG = logging.getLogger("qtool")
 T = TypeVar("T")
-
-
-class ProcessEnded(QtoolError):
-    """Another process of the run has ended, so that this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,18 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work on this process' share: an error in it says which process had it."""
+        try:
+            yield
+        except ProcessEnded:
+            raise
+        except QtoolError as error:
+            if self.size == 1:
+                raise
+            raise ShareError(f"process {self.rank + 1} of {self.size}: {error}") from error
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their numbers.
@@ -81,20 +92,8 @@ def _others_may_end() -> Iterator[None]:
         raise ProcessEnded("another process of this run has ended; its own message says why") from error
 
 
-def launched() -> int:
-    """How many processes torchrun has started for this run; 1 without it.
-
-    Raises:
-        ConfigError: if its environment variables are not as torchrun sets them.
-    """
-    text = os.environ.get("WORLD_SIZE", "1")
-    wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if text.isdigit() and (int(text) < 2 or all(name in os.environ for name in wanted)):
-        return max(1, int(text))
-    raise ConfigError(
-        f"WORLD_SIZE={text} in the environment, without the rest of what torchrun sets; "
-        "unset it, or start with 'torchrun --nproc-per-node K -m qtool ...'"
-    )
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise ProcessEnded("ended because another process of this run has failed")
 
 
 @contextmanager
@@ -110,6 +109,8 @@ def joined(device: str) -> Iterator[Ranks]:
     if launched() == 1:
         yield ALONE
         return
+    # torchrun sends this to the others when one process has failed; what is unfinished is cleaned up.
+    signal.signal(signal.SIGTERM, _end)
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qtool.config import Config, dump_config
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.run_dir import log_to, make_run_dir, write_text
 
 LOG = logging.getLogger("qtool")
@@ -16,12 +18,16 @@ CONFIG_FILE = "config.yaml"
 
 
 @contextmanager
-def run_folder(config: Config) -> Iterator[Path]:
+def run_folder(config: Config, ranks: Ranks = ALONE) -> Iterator[Path]:
     """A new folder with the resolved configuration and a log.
 
-    A run that ends early leaves its folder, and says so, if it has written anything else by then;
+    Only the first process of a run has it; what the others write is gone at their end. A run that ends early leaves its folder, and says so, if it has written anything else by then;
     otherwise it leaves none.
     """
+    if not ranks.first:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     folder = make_run_dir(config.run.out_dir, config.run.name)
     log = folder / f"{folder.name}.log"
     try:

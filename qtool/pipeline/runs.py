@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import fx
 
 import qtool.config as configs
 from qtool.config import Config
-from qtool.data.loader import Loader
 from qtool.errors import ConfigError
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.files import read_stats
@@ -38,7 +37,9 @@ from qtool.pipeline.inputs import (
     shared_images,
 )
 from qtool.pipeline.notes import note_idle_settings
-from qtool.pipeline.provenance import check_origin, fingerprint_of
+from qtool.pipeline.passes import evaluate_images, measure_stats
+from qtool.pipeline.provenance import check_origin
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.pipeline.stats_files import STATS_FILE, save_stats
@@ -64,7 +65,7 @@ class Outcome:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-def calibrate(config: Config) -> Outcome:
+def calibrate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     """Measure activation statistics and write their YAML."""
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
@@ -73,17 +74,19 @@ def calibrate(config: Config) -> Outcome:
     if images.from_evaluation:
         LOG.warning("these are evaluation images: %s", ADVICE)
     traced = subject.traced()
-    with run_folder(config) as folder:
+    with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats, skipped = measure_stats(config, traced, images)
+        stats, skipped = measure_stats(config, traced, images, ranks)
         path = save_stats(stats, folder / STATS_FILE)
     words = images.words + (f", {skipped} of them unreadable" if skipped else "")
     return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {words}\n{path}", folder)
 
 
-def quantize(config: Config) -> Outcome:
+def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     """Calibrate unless there are statistics, quantize, and evaluate beside the float network."""
     configs.check_search(config, searches=False)
+    if config.lapq.enabled and ranks.size > 1:
+        raise ConfigError("--qe-lapq: the search runs in one process; start it without torchrun")
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     refuse_quantized(subject, "quantize")
@@ -93,9 +96,9 @@ def quantize(config: Config) -> Outcome:
     note_idle_settings(traced, config.quantizers)
     ranges = find_ranges(config, subject, traced, evaluation)
     searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
-    with run_folder(config) as folder:
+    with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats, calibration_record = find_stats(config, traced, ranges, folder)
+        stats, calibration_record = find_stats(config, traced, ranges, folder, ranks)
         if searched is None:
             model = steps.quantize(traced, stats, config.quantizers)
         else:
@@ -103,12 +106,12 @@ def quantize(config: Config) -> Outcome:
             model, specs, lapq_record = quantize_with_lapq(config, folder, subject, traced, stats, searched)
         log_notes(model)
         _write_model(config, folder, subject, traced, model, specs)
-        results, comparison = _evaluate_both(config, subject, model, evaluation)
+        results, comparison = _evaluate_both(config, subject, model, evaluation, ranks)
         record = _record(config, subject, evaluation, results, comparison)
         record["calibration"] = calibration_record
         if searched is not None:
             record["lapq"] = lapq_record
-        _finish(config, folder, record, evaluation, results)
+        _finish(config, folder, record, evaluation, results, ranks)
     text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"
     return Outcome(text, folder, record)
 
@@ -153,7 +156,7 @@ def find_ranges(config: Config, subject: Subject, traced: fx.GraphModule, evalua
 
 
 def find_stats(
-    config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path
+    config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path, ranks: Ranks = ALONE
 ) -> tuple[ModelStats | None, dict[str, Any]]:
     """The statistics of a run, and what results.json says of them.
 
@@ -168,7 +171,7 @@ def find_stats(
         stats = read_stats(earlier)
         record: dict[str, Any] = {"stats_file": str(earlier)}
     else:
-        stats, skipped = measure_stats(config, traced, ranges.calibration)
+        stats, skipped = measure_stats(config, traced, ranges.calibration, ranks)
         record = {"images": len(ranges.calibration.indices) - skipped, "skipped": skipped}
     save_stats(stats, folder / STATS_FILE)
     return stats, record | ranges.record
@@ -191,17 +194,17 @@ def _write_model(
     steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **model_info(subject, _classes(traced)))
 
 
-def evaluate(config: Config) -> Outcome:
+def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     """Evaluate the float network, or a saved quantized one."""
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     evaluation = open_evaluation(config, subject)
     name = "float" if quantized_network(subject) is None else "quantized"
-    with run_folder(config) as folder:
+    with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        results = {name: _evaluate(config, subject.network, evaluation, f"evaluating {name}")}
+        results = {name: evaluate_images(config, subject.network, evaluation, f"evaluating {name}", ranks)}
         record = _record(config, subject, evaluation, results, None)
-        _finish(config, folder, record, evaluation, results)
+        _finish(config, folder, record, evaluation, results, ranks)
     text = f"{subject.arch}, {evaluation.words}\n{table(results)}\n{folder}"
     return Outcome(text, folder, record)
 
@@ -255,54 +258,15 @@ def refuse_quantized(subject: Subject, command: str) -> None:
         )
 
 
-def measure_stats(config: Config, traced: fx.GraphModule, images: Images) -> tuple[ModelStats, int]:
-    """Calibrate on some images, as a run's data and device settings say; also how many were unreadable."""
-    LOG.info("calibrating on %s", images.words)
-    loader = images.loader(config)
-    batches = _announced(config, loader, "calibrating")
-    bar = config.data.print_freq is None
-    stats = steps.calibrate(traced, batches, device=config.run.chosen_device, progress=bar)
-    note_bad_images(loader.bad_images)
-    stats = replace(stats, fingerprint=fingerprint_of(traced, images.preprocessing))
-    return stats, len(loader.bad_images)
-
-
 def _evaluate_both(
-    config: Config, subject: Subject, model: QuantizedModel, evaluation: Images
+    config: Config, subject: Subject, model: QuantizedModel, evaluation: Images, ranks: Ranks
 ) -> tuple[dict[str, Result], Comparison | None]:
     results = {}
     if not config.run.skip_float:
-        results["float"] = _evaluate(config, subject.network, evaluation, "evaluating float")
-    results["quantized"] = _evaluate(config, model, evaluation, "evaluating quantized")
+        results["float"] = evaluate_images(config, subject.network, evaluation, "evaluating float", ranks)
+    results["quantized"] = evaluate_images(config, model, evaluation, "evaluating quantized", ranks)
     comparison = compare(results["float"], results["quantized"]) if "float" in results else None
     return results, comparison
-
-
-def _evaluate(config: Config, network: torch.nn.Module, images: Images, progress: str) -> Result:
-    loader = images.loader(config)
-    batches = _announced(config, loader, progress)
-    bar = progress if config.data.print_freq is None else None
-    result = steps.evaluate(network, batches, device=config.run.chosen_device, progress=bar)
-    note_bad_images(loader.bad_images)
-    return result
-
-
-class _Announced:
-    """Batches that log a line every so many, at every iteration."""
-
-    def __init__(self, loader: Loader, every: int, doing: str) -> None:
-        self.loader, self.every, self.doing = loader, every, doing
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader, start=1):
-            yield batch
-            if number % self.every == 0 or number == len(self.loader):
-                LOG.info("%s: batch %d of %d", self.doing, number, len(self.loader))
-
-
-def _announced(config: Config, loader: Loader, doing: str) -> Iterable[Any]:
-    every = config.data.print_freq
-    return loader if every is None else _Announced(loader, every, doing)
 
 
 def log_notes(model: QuantizedModel) -> None:
@@ -319,12 +283,6 @@ def log_notes(model: QuantizedModel) -> None:
             narrow[0],
             noted[narrow[0]].note,
         )
-
-
-def note_bad_images(paths: list[str]) -> None:
-    """Warn of the images that were left out, if any."""
-    if paths:
-        LOG.warning("skipped %d unreadable images, such as %s", len(paths), paths[0])
 
 
 def _classes(traced: fx.GraphModule) -> int:
@@ -361,9 +319,14 @@ def _record(
 
 
 def _finish(
-    config: Config, folder: Path, record: dict[str, Any], evaluation: Images, results: dict[str, Result]
+    config: Config,
+    folder: Path,
+    record: dict[str, Any],
+    evaluation: Images,
+    results: dict[str, Result],
+    ranks: Ranks,
 ) -> None:
-    if config.run.save_predictions is not None:
+    if config.run.save_predictions is not None and ranks.first:
         path = _npz_path(config.run.save_predictions)
         write_whole(path, lambda file: np.savez_compressed(file, **_predictions(evaluation, results)))
         LOG.info("predictions: %s", path)

@@ -113,6 +113,9 @@ class DataConfig:
     )
 
 
+BATCHWISE = ("auto", "on", "off")
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Calibration images"""
@@ -138,4 +141,11 @@ class CalibrationConfig:
     )
     calib_classes: Path | None = option(
         None, FILE, "Like --classes, for --calib-data.", "--calib-classes", shown_default="--classes"
+    )
+    batchwise_statistics: str = option(
+        "auto",
+        click.Choice(BATCHWISE),
+        "What avg_min and avg_max average over: the images (auto finds the axis that holds them, "
+        "on takes axis 0), or with off batches of --batch-size.",
+        "--batchwise-statistics",
     )

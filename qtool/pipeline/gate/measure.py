@@ -17,7 +17,7 @@ from qtool.config import Config
 from qtool.data.loader import Batch, make_loader
 from qtool.numerics.metrics import ratio_db, top_k_correct
 from qtool.observers.stats import ModelStats
-from qtool.pipeline import runs, steps
+from qtool.pipeline import passes, runs, steps
 from qtool.pipeline.inputs import open_evaluation, open_subject, weights_sha256
 from qtool.report import Result
 
@@ -152,7 +152,7 @@ class Bench:
                 evidence = seen if evidence is None else evidence + seen
                 if decided(evidence):
                     break
-        runs.note_bad_images(loader.bad_images)
+        passes.note_bad_images(loader.bad_images)
         assert evidence is not None  # a loader without any good image has raised an error
         return evidence
 
@@ -167,5 +167,5 @@ class Bench:
             return ranges.given
         key = config.calibration
         if key not in self._stats:
-            self._stats[key], _ = runs.measure_stats(config, self._traced, ranges.calibration)
+            self._stats[key], _ = passes.measure_stats(config, self._traced, ranges.calibration)
         return self._stats[key]
