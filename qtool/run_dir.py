@@ -43,7 +43,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OutputError(f"{path}: cannot be written: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise OutputError(f"{path}: cannot be written; is the disk full? ({reason})") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

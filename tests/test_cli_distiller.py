@@ -303,7 +303,7 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(args, message, run_cli, 
 
 def test_progress_is_logged_every_so_many_batches(quantize):
     _, folder, log = quantize("-b", "10", "-p", "2", "--calib-samples", "25", "--cpu", "--skip-float")
-    expected = [f"calibrating: batch {n} of 3" for n in (2, 3)] * 2
+    expected = ["calibrating: batch 1 of 1"]  # of small images many go through the network at once
     expected += [f"evaluating quantized: batch {n} of 3" for n in (2, 3)]
     assert [line for line in log.splitlines() if "batch " in line] == expected
     (path,) = folder.glob("*.log")

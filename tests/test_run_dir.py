@@ -55,7 +55,7 @@ DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
         (DISK_FULL, "cannot be written: No space left on device"),
         (
             RuntimeError("[enforce fail at inline_container.cc:603] . \n unexpected pos"),
-            "cannot be written: [enf",
+            "cannot be written; is the disk full? ([enf",
         ),
     ],
 )

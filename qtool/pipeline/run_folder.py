@@ -21,8 +21,9 @@ CONFIG_FILE = "config.yaml"
 def run_folder(config: Config, ranks: Ranks = ALONE) -> Iterator[Path]:
     """A new folder with the resolved configuration and a log.
 
-    Only the first process of a run has it; what the others write is gone at their end. A run that ends early leaves its folder, and says so, if it has written anything else by then;
-    otherwise it leaves none.
+    Only the first process of a run has it; what the others write is gone at their end. A run that ends
+    early leaves its folder, and says so, if it has written anything else by then; otherwise it leaves
+    none.
     """
     if not ranks.first:
         with tempfile.TemporaryDirectory() as elsewhere:
