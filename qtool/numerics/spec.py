@@ -23,6 +23,14 @@ CLIP_MODES = (*MOMENT_MODES, *HISTOGRAM_MODES, *IMAGE_MODES)
 LIVE_CLIP_MODES = (*MOMENT_MODES, "percentile", "quantile", "mse")
 # Those that weights have of their own; none is by their smallest and largest value.
 WEIGHT_CLIP_MODES = ("none", "mse", "percentile")
+# The setting of a ClipSpec that a mode reads.
+SETTING_OF_MODE = {
+    "n_std": "n_stds",
+    "percentile": "percentile",
+    "quantile": "outlier_prob",
+    "mean_no_outliers": "outlier_prob",
+    "median_no_outliers": "outlier_prob",
+}
 DEFAULT_PERCENTILE = 99.99
 DEFAULT_OUTLIER_PROB = 1e-4
 MIN_BITS, MAX_BITS = 2, 16

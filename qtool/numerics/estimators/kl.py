@@ -82,7 +82,7 @@ def levels_of(spec: QuantSpec, one_sided: bool) -> int:
         >>> levels_of(QuantSpec(), one_sided=False), levels_of(QuantSpec(), one_sided=True)
         (255, 128)
     """
-    if not spec.symmetric:
+    if not spec.symmetric or not spec.signed:
         return 1 << spec.num_bits
     return 1 << (spec.num_bits - 1) if one_sided else (1 << spec.num_bits) - 1
 

@@ -92,7 +92,9 @@ def grid_over(low: Floats, high: Floats, spec: QuantSpec) -> tuple[Floats, Float
         scale, and the smallest and largest centered integer, in the shape of low. A range without
         extent has scale 1.
     """
-    if spec.symmetric:
+    if spec.symmetric and not spec.signed:
+        scale, smallest = high / spec.quant_max, np.zeros_like(high)
+    elif spec.symmetric:
         steps = spec.quant_max if spec.narrow_range else (2**spec.num_bits - 1) / 2
         scale = np.maximum(-low, high) / steps
         smallest = np.full_like(scale, spec.quant_min)

@@ -165,6 +165,11 @@ def test_levels_are_those_of_the_real_bit_width(mode, bits, one_sided, levels):
     assert levels_of(QuantSpec.from_mode(mode, bits), one_sided) == levels
 
 
+def test_unsigned_symmetric_grids_have_the_range_of_those_without_zero_point(samples):
+    h = Histogram.of(samples["R30"])
+    assert kl_range(h, QuantSpec().unsigned()) == kl_range(h, ASYMMETRIC)
+
+
 def test_fewer_bits_clip_more(samples):
     found = [threshold(samples["G"], QuantSpec(num_bits=bits)) for bits in (3, 4, 6, 8)]
     assert found == sorted(found) and found[0] < found[-1]

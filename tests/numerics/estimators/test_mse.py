@@ -20,11 +20,13 @@ def column(*values: float) -> np.ndarray:
     return np.array(values)[:, None]
 
 
-@given(st.sampled_from(MODES), st.integers(2, 16), st.floats(-5, 0), st.floats(0, 5))
-def test_grid_is_the_one_that_tensors_are_quantized_on(mode, bits, low, high):
+@given(st.sampled_from(MODES), st.booleans(), st.integers(2, 16), st.floats(-5, 0), st.floats(0, 5))
+def test_grid_is_the_one_that_tensors_are_quantized_on(mode, unsigned, bits, low, high):
+    spec = QuantSpec.from_mode(mode, bits)
+    spec = spec.unsigned() if unsigned else spec
+    low = 0.0 if spec.mode == "sym_u" else low
     if max(-low, high) < 1e-6:
         return
-    spec = QuantSpec.from_mode(mode, bits)
     q = qparams_from_range(torch.tensor(low), torch.tensor(high), spec)
     scale, smallest, largest = (float(v[0]) for v in grid_over(np.array([low]), np.array([high]), spec))
     assert scale == pytest.approx(float(q.scale), rel=1e-6)
@@ -33,6 +35,13 @@ def test_grid_is_the_one_that_tensors_are_quantized_on(mode, bits, low, high):
     assert (smallest, largest) == pytest.approx(limits, abs=1 if spec.num_bits > 8 else 0) or math.isclose(
         abs(low / scale) % 1, 0.5, abs_tol=1e-3
     )
+
+
+def test_unsigned_symmetric_grids_have_the_range_of_those_without_zero_point(samples):
+    h = Histogram.of(samples["R30"])
+    for bits in (4, 8):
+        asymmetric = mse_range(h, QuantSpec.from_mode("asym_u", bits))[1]
+        assert mse_range(h, QuantSpec(bits).unsigned())[1] == pytest.approx(asymmetric, rel=0.02)
 
 
 @pytest.mark.parametrize("spec", [*GRIDS, QuantSpec(num_bits=11)], ids=str)
