@@ -191,6 +191,16 @@ def test_calibration_on_evaluation_images_is_said(run_cli):
     assert results(Path(result.stdout.splitlines()[-1]))["calibration"]["overlap"] == 26
 
 
+def test_clipping_by_the_error_is_better_than_none_at_three_bits_and_is_recorded(tmp_path):
+    bits = ("--qem", "asym_u", "--qeba", "3", "--qebw", "3", "--skip-float")
+    clip = ("--qe-clip-acts", "mse", "--qe-clip-wts", "percentile", "--qe-clip-percentile-wts", "99.5")
+    plain, clipped = (run_folder(tmp_path, "quantize", *QUICK, *bits, *options) for options in ((), clip))
+    assert results(clipped)["quantized"]["loss"] < results(plain)["quantized"]["loss"]
+    conv1 = yaml.safe_load((clipped / PARAMS).read_text())["conv1"]
+    assert (conv1["clip_activations"], conv1["clip_weights"]) == ("mse", "percentile")
+    assert conv1["clip_percentile_weights"] == 99.5
+
+
 def test_four_bits_lose_more_than_eight(quantized, tmp_path):
     folder = run_folder(
         tmp_path, "quantize", *QUICK, "--qem", "asym_u", "--qepc", "--qebw", "4", "--qeba", "4"
