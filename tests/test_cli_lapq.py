@@ -137,8 +137,16 @@ def test_every_way_to_search_ends_not_above_its_start(tmp_path, options):
     assert (again / PARAMS).read_bytes() == (folder / PARAMS).read_bytes()
 
 
-def test_clip_modes_are_set_aside_aloud(run_cli):
-    result = run_cli(*LAPQ, "--lapq-maxfev", "1", "--qe-clip-acts", "gauss")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--qe-clip-acts", "gauss"),
+        ("--qe-clip-acts", "percentile", "--qe-clip-percentile", "99"),
+        ("--qe-clip-wts", "percentile", "--qe-clip-percentile-wts", "99"),
+    ],
+)
+def test_clip_modes_are_set_aside_aloud(run_cli, options):
+    result = run_cli(*LAPQ, "--lapq-maxfev", "1", *options)
     assert result.exit_code == 0
     assert "clip modes are set aside, such as that of conv1: --qe-lapq chooses all ranges" in result.stderr
 

@@ -195,6 +195,28 @@ def test_calibration_on_evaluation_images_is_said(run_cli):
     assert results(Path(result.stdout.splitlines()[-1]))["calibration"]["overlap"] == 26
 
 
+def test_clipping_by_the_error_is_better_than_none_at_three_bits_and_is_recorded(tmp_path):
+    bits = ("--qem", "sym", "--qeba", "3", "--qebw", "3", "--skip-float")
+    weights = ("--qe-clip-wts", "percentile", "--qe-clip-percentile-wts", "99.9")
+    plain, clipped = (
+        run_folder(tmp_path, "quantize", *QUICK, *bits, *weights, "--qe-clip-acts", mode)
+        for mode in ("none", "mse")
+    )
+    assert results(clipped)["quantized"]["loss"] < results(plain)["quantized"]["loss"]
+    conv1 = yaml.safe_load((clipped / PARAMS).read_text())["conv1"]
+    assert (conv1["clip_activations"], conv1["clip_weights"]) == ("mse", "percentile")
+    assert conv1["clip_percentile_weights"] == 99.9
+
+
+def test_another_estimator_takes_the_histograms_of_an_earlier_calibration(quantized, tmp_path):
+    options = ("--qem", "asym_u", "--qepc", "--qe-clip-acts", "kl", "--skip-float")
+    evaluation = ("--effective-test-size", "0.1", "--workers", "0")
+    again = run_folder(tmp_path, "quantize", *evaluation, *options, "--qe-stats-file", quantized / STATS)
+    measured = run_folder(tmp_path, "quantize", *QUICK, *options)
+    assert (again / PARAMS).read_bytes() == (measured / PARAMS).read_bytes()
+    assert (again / PARAMS).read_bytes() != (quantized / PARAMS).read_bytes()
+
+
 def test_four_bits_lose_more_than_eight(quantized, tmp_path):
     folder = run_folder(
         tmp_path, "quantize", *QUICK, "--qem", "asym_u", "--qepc", "--qebw", "4", "--qeba", "4"

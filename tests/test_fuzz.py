@@ -110,7 +110,7 @@ def test_a_damaged_config_gives_specs_or_an_error_in_words(form, seed, tmp_path)
     rng = random.Random(f"{form} {seed}")
     valid = valid_config() if form == "qtool" else DISTILLER
     ends = {"specs": 0, "error": 0}
-    for _ in range(60):
+    for _ in range(100):  # most of them fail: so many that in every seed some pass
         text = mutated(valid, rng)
         path = write(tmp_path / "c.yaml", text)
         try:

@@ -7,9 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qtool.config.clipping import (
+    CLIP_MODIFIERS,
+    check_clipping,
+    clip_of_activations,
+    clip_of_weights,
+)
 from qtool.config.sections import QuantizeConfig
 from qtool.errors import ConfigError, nearest
-from qtool.numerics.spec import ACIQ_MAX_BITS, ACIQ_MODES, ClipSpec, InputSpec, LayerSpec, QuantSpec
+from qtool.numerics.spec import InputSpec, LayerSpec, QuantSpec
 
 
 def split_patterns(values: Sequence[str]) -> list[str]:
@@ -74,11 +80,7 @@ def check(config: QuantizeConfig) -> None:
 
 # A setting that changes how another one works -> its flag, whether it has an effect, and why it has none.
 MODIFIERS: dict[str, tuple[str, Callable[[QuantizeConfig], bool], str]] = {
-    "clip_n_stds": (
-        "--qe-clip-n-stds",
-        lambda s: s.clip_activations == "n_std",
-        "with clip mode {clip_activations}; add '--qe-clip-acts n_std'",
-    ),
+    **CLIP_MODIFIERS,
     "scale_approx_everywhere": (
         "--qe-scale-approx-everywhere",
         lambda s: s.scale_approx_bits is not None,
@@ -99,20 +101,13 @@ def _check_effect(key: str, config: QuantizeConfig, variants: Sequence[tuple[str
     given += [(f"overrides.{p}: ", s[key]) for p, s in config.overrides.items() if key in s]
     for where, value in given:
         users = [settings for place, settings in variants if not where or place == where]
-        if value not in (None, False) and not any(has_effect(settings) for settings in users):
+        if value not in (None, False, "none") and not any(has_effect(settings) for settings in users):
             reason = why_none.format_map(vars(users[0]))
             raise ConfigError(f"{where}{flag}: has no effect {reason}, or leave it out")
 
 
 def _check_settings(where: str, settings: QuantizeConfig) -> None:
-    clip = settings.clip_activations
-    if clip == "n_std" and settings.clip_n_stds is None:
-        raise ConfigError(f"{where}--qe-clip-acts n_std: needs --qe-clip-n-stds, such as 3")
-    if clip in ACIQ_MODES and settings.bits_activations > ACIQ_MAX_BITS:
-        raise ConfigError(
-            f"{where}--qe-clip-acts {clip}: has published constants for up to {ACIQ_MAX_BITS} bits, found "
-            f"{settings.bits_activations}; choose another clip mode"
-        )
+    check_clipping(where, settings)
     given = _pair(settings.output_range)
     if given is not None and given[0] > given[1]:
         raise ConfigError(
@@ -123,8 +118,6 @@ def _check_settings(where: str, settings: QuantizeConfig) -> None:
     factors = _pair(settings.weight_range_factors)
     if factors is not None and min(factors) <= 0:
         raise ConfigError(f"{where}weight_range_factors: {min(factors):g} is not positive")
-    if factors is not None and settings.also_clip_weights and clip != "none":
-        raise ConfigError(f"{where}weight_range_factors: also_clip_weights chooses the same ranges; drop one")
     if settings.dynamic and given is not None:
         raise ConfigError(f"{where}output_range: with --qe-dynamic, ranges are those of each batch")
     widest = max(settings.bits_activations, settings.bits_weights)
@@ -206,20 +199,14 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         return QuantSpec.from_mode(mode or settings.mode, bits, axis) if bits else None
 
     axis = 0 if settings.per_channel_weights else None
-    clip = ClipSpec(
-        settings.clip_activations,
-        settings.clip_n_stds,
-        settings.clip_half_range,
-        settings.clip_to_observed,
-    )
     return LayerSpec(
         weight=grid(settings.mode_weights, settings.bits_weights, axis),
         output=grid(settings.mode_activations, settings.bits_activations),
         inputs=_input_specs(settings) if settings.bits_activations else {},
         input_fallback=settings.inputs_quant_auto_fallback,
         quantize_inputs=settings.quantize_inputs,
-        clip=clip,
-        weight_clip=replace(clip, half_range=False) if settings.also_clip_weights else None,
+        clip=clip_of_activations(settings, settings.clip_half_range),
+        weight_clip=clip_of_weights(settings),
         float_bits=settings.fpq_module,
         fake=settings.fake,
         identity=settings.make_identity,
@@ -244,8 +231,7 @@ def _input_specs(settings: QuantizeConfig) -> dict[int, InputSpec]:
     for index, given in settings.input_overrides.items():
         own = _settings_of_input(settings, given)
         grid = QuantSpec.from_mode(own.mode_activations or own.mode, own.bits_activations)
-        clip = ClipSpec(own.clip_activations, own.clip_n_stds, to_observed=own.clip_to_observed)
-        found[index] = InputSpec(grid, clip)
+        found[index] = InputSpec(grid, clip_of_activations(own))
     return found
 
 

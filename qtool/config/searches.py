@@ -78,16 +78,30 @@ def with_settings_of_layers(
         for name in names
         if name in own or name in found
     }
+    unset: dict[str, Any] = dict.fromkeys(_OF_MODES)
     return replace(
-        config,
-        overrides=overrides,
-        clip_activations="none",
-        clip_n_stds=None,
-        stats_file=None,
-        stats_as_is=False,
+        config, overrides=overrides, clip_activations="none", stats_file=None, stats_as_is=False, **unset
     )
 
 
+def without_weight_clipping(config: QuantizeConfig) -> QuantizeConfig:
+    """The settings with the ranges of all weights by their smallest and largest value."""
+    unset: dict[str, Any] = {
+        "also_clip_weights": False,
+        "clip_weights": "none",
+        "clip_percentile_weights": None,
+    }
+    overrides = {
+        pattern: {key: value for key, value in own.items() if key not in unset}
+        for pattern, own in config.overrides.items()
+    }
+    return replace(config, overrides=overrides, **unset)
+
+
+# Settings of the clip modes of activations.
+_OF_MODES = ("clip_n_stds", "clip_percentile", "clip_outlier_prob")
+
+
 def _without_clipping(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.items() if key != "clip_n_stds"}
+    kept = {key: value for key, value in settings.items() if key not in _OF_MODES}
     return kept | ({"clip_activations": "none"} if "clip_activations" in kept else {})

@@ -1,16 +1,30 @@
-"""From statistics to a range: the clipping modes none, avg, n_std, gauss and laplace.
+"""From statistics to a range: the clipping modes.
 
 A range comes from a record of calibration (choose_range) or from a live tensor, such as a
-weight (range_of_tensor). gauss and laplace are ACIQ: Banner et al. 2019, arXiv:1810.05723,
-whose published constants are in the tables below, in units of the spread, for 2 to 8 bits.
+weight (range_of_tensor). none, avg, n_std, gauss and laplace are computed here, from a few moments;
+estimators/ has the modes that read a histogram or the ranges of single images. gauss and laplace
+are ACIQ: Banner et al. 2019, arXiv:1810.05723, whose published constants are in the tables below,
+in units of the spread, for 2 to 8 bits.
 """
 
+from __future__ import annotations
+
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qtool.numerics.spec import ClipSpec, QuantSpec
+from qtool.numerics.estimators import HISTOGRAM_ESTIMATORS, ROW_ESTIMATORS, PerImage, image_range
+from qtool.numerics.histogram import Histogram
+from qtool.numerics.spec import (
+    HISTOGRAM_MODES,
+    IMAGE_MODES,
+    LIVE_CLIP_MODES,
+    MOMENT_MODES,
+    ClipSpec,
+    QuantSpec,
+)
 
 LAPLACE = {0: 1.05, 1: 1.86, 2: 2.83, 3: 3.89, 4: 5.03, 5: 6.2, 6: 7.41, 7: 8.64, 8: 9.89}
 LAPLACE_HALF = {0: 1.86, 1: 2.83, 2: 3.89, 3: 5.02, 4: 6.2, 5: 7.41, 6: 8.64, 7: 9.89, 8: 11.16}
@@ -27,6 +41,8 @@ FIELDS = {
     "n_std": ("min", "max", "mean", "std"),
     "gauss": ("avg_min", "mean", "std"),
     "laplace": ("avg_min", "mean", "b"),
+    **dict.fromkeys(HISTOGRAM_MODES, ("min", "max", "histogram")),
+    **dict.fromkeys(IMAGE_MODES, ("min", "max", "image_min", "image_max")),
 }
 
 
@@ -47,6 +63,12 @@ class RangeStats(Protocol):
     def std(self) -> float | None: ...
     @property
     def b(self) -> float | None: ...
+    @property
+    def histogram(self) -> Histogram | None: ...
+    @property
+    def image_min(self) -> PerImage | None: ...
+    @property
+    def image_max(self) -> PerImage | None: ...
 
 
 def aciq_alpha(mode: str, num_bits: int, half_range: bool = False) -> float:
@@ -73,11 +95,11 @@ def choose_range(stats: RangeStats, spec: QuantSpec, clip: ClipSpec) -> tuple[Te
 
     Args:
         stats: what calibration measured, in units of x.
-        spec: the grid; its num_bits and symmetry matter to gauss and laplace.
+        spec: the grid; its num_bits and symmetry matter to gauss, laplace and the estimators.
         clip: the clipping mode and its settings.
 
     Returns:
-        x_min and x_max, float32, shape (); x_min <= x_max.
+        x_min and x_max, float32, shape (); x_min <= x_max. An estimator's are inside [min, max].
 
     Raises:
         ValueError: if a field that the mode reads is absent, n_stds is missing or not positive,
@@ -85,21 +107,42 @@ def choose_range(stats: RangeStats, spec: QuantSpec, clip: ClipSpec) -> tuple[Te
     """
     missing = [name for name in FIELDS[clip.mode] if getattr(stats, name) is None]
     if missing:
-        raise ValueError(f"clip mode {clip.mode} needs {', '.join(missing)}")
-    values = {name: float(getattr(stats, name)) for name in FIELDS[clip.mode]}
-    if clip.mode == "none":
-        low, high = values["min"], values["max"]
-    elif clip.mode == "avg":
-        low, high = values["avg_min"], values["avg_max"]
-    elif clip.mode == "n_std":
-        low, high = _n_std_limits(values, clip.n_stds)
+        wanted = ", ".join("a histogram" if name == "histogram" else name for name in missing)
+        hint = "" if clip.mode in MOMENT_MODES else "; calibrate again, the file has none"
+        raise ValueError(f"clip mode {clip.mode} needs {wanted}{hint}")
+    if clip.mode in MOMENT_MODES:
+        low, high = _from_moments(stats, spec, clip)
     else:
-        spread = values[ACIQ[clip.mode][0]]
-        low, high = _aciq_limits(values["mean"], spread, values["avg_min"], spec, clip)
-        if clip.to_observed:
-            low, high = _within_observed(low, high, stats, spec)
+        low, high = _from_estimator(stats, spec, clip)
     # A net-aware edit can lift the lower end above what mean and std, which it leaves alone, allow.
     return torch.tensor(low), torch.tensor(max(low, high))
+
+
+def _from_moments(stats: RangeStats, spec: QuantSpec, clip: ClipSpec) -> tuple[float, float]:
+    values = {name: float(getattr(stats, name)) for name in FIELDS[clip.mode]}
+    if clip.mode == "none":
+        return values["min"], values["max"]
+    if clip.mode == "avg":
+        return values["avg_min"], values["avg_max"]
+    if clip.mode == "n_std":
+        return _n_std_limits(values, clip.n_stds)
+    spread = values[ACIQ[clip.mode][0]]
+    low, high = _aciq_limits(values["mean"], spread, values["avg_min"], spec, clip)
+    return _within_observed(low, high, stats, spec) if clip.to_observed else (low, high)
+
+
+def _from_estimator(stats: RangeStats, spec: QuantSpec, clip: ClipSpec) -> tuple[float, float]:
+    """What an estimator finds, inside the range of the record, which a net-aware edit may have narrowed."""
+    smallest = max(stats.min, 0.0) if clip.half_range else stats.min
+    largest = max(stats.max, smallest)
+    if stats.histogram is not None and clip.mode in HISTOGRAM_ESTIMATORS:
+        histogram = stats.histogram.clamped(smallest, largest)
+        low, high = HISTOGRAM_ESTIMATORS[clip.mode](histogram, spec, clip)
+    else:
+        assert stats.image_min is not None and stats.image_max is not None
+        limits = smallest, largest
+        low, high = image_range(stats.image_min.clip(*limits), stats.image_max.clip(*limits), spec, clip)
+    return min(max(low, smallest), largest), min(max(high, smallest), largest)
 
 
 def _n_std_limits(values: dict[str, float], n_stds: float | None) -> tuple[float, float]:
@@ -140,22 +183,28 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
     Args:
         x: any shape; with spec.axis, one range for each index of that axis.
         spec: the grid.
-        clip: the clipping mode; per channel only `none` is possible.
+        clip: one of LIVE_CLIP_MODES; per channel only `none`, `mse` and `percentile` are possible.
 
     Returns:
-        x_min and x_max of shape () or (C,), in x's dtype.
+        x_min and x_max of shape () or (C,); in x's dtype, unless clipped per tensor.
 
     Raises:
-        ValueError: if x is empty, or clip is not `none` while spec.axis is set.
+        ValueError: if x is empty, or the clip mode is not possible.
     """
     mode = "none" if clip is None else clip.mode
     if x.numel() == 0:
         raise ValueError("the range of an empty tensor is not defined")
+    if mode not in LIVE_CLIP_MODES:
+        raise ValueError(
+            f"clip mode {mode} is of calibrated tensors; choose one of {', '.join(LIVE_CLIP_MODES)}"
+        )
     if spec.axis is not None:
-        if mode != "none":
-            raise ValueError(f"clip mode {mode} is per tensor, the grid is per channel")
         rows = x.movedim(spec.axis, 0).reshape(x.shape[spec.axis], -1)  # (C, rest)
-        return rows.amin(dim=1), rows.amax(dim=1)
+        if clip is None or mode == "none":
+            return rows.amin(dim=1), rows.amax(dim=1)
+        if mode not in ROW_ESTIMATORS:
+            raise ValueError(f"clip mode {mode} is per tensor, the grid is per channel")
+        return ROW_ESTIMATORS[mode](rows, spec, clip)
     if clip is None or mode == "none":
         return x.min(), x.max()
     num_rows = x.shape[0] if mode == "avg" and x.dim() else 1
@@ -163,14 +212,43 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
 
 
 class LiveStats:
-    """The fields of RangeStats, measured on one tensor; averages are over num_rows equal parts."""
+    """The fields of RangeStats, measured on one tensor as asked for; averages are over num_rows parts."""
+
+    image_min = image_max = None
 
     def __init__(self, x: Tensor, num_rows: int) -> None:
-        rows = x.detach().reshape(num_rows, -1)
-        self.min, self.max = float(x.min()), float(x.max())
-        self.avg_min = float(rows.amin(dim=1).mean())
-        self.avg_max = float(rows.amax(dim=1).mean())
-        self.mean = float(x.mean())
+        self._x = x.detach()
+        self._rows = self._x.reshape(num_rows, -1)
+
+    @cached_property
+    def min(self) -> float:
+        return float(self._x.min())
+
+    @cached_property
+    def max(self) -> float:
+        return float(self._x.max())
+
+    @cached_property
+    def avg_min(self) -> float:
+        return float(self._rows.amin(dim=1).mean())
+
+    @cached_property
+    def avg_max(self) -> float:
+        return float(self._rows.amax(dim=1).mean())
+
+    @cached_property
+    def mean(self) -> float:
+        return float(self._x.mean())
+
+    @cached_property
+    def std(self) -> float:
         # A live tensor's std divides by N - 1, a stats file's by N (as Distiller has it).
-        self.std = float(x.std()) if x.numel() > 1 else 0.0
-        self.b = float((x - x.mean()).abs().mean())
+        return float(self._x.std()) if self._x.numel() > 1 else 0.0
+
+    @cached_property
+    def b(self) -> float:
+        return float((self._x - self._x.mean()).abs().mean())
+
+    @cached_property
+    def histogram(self) -> Histogram:
+        return Histogram.of(self._x)

@@ -14,7 +14,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
-CLIP_MODES = ("none", "avg", "n_std", "gauss", "laplace")
+# Ranges from moments, from a histogram, and from the range of each image.
+MOMENT_MODES = ("none", "avg", "n_std", "gauss", "laplace")
+HISTOGRAM_MODES = ("percentile", "quantile", "mse", "kl")
+IMAGE_MODES = ("median", "mean_no_outliers", "median_no_outliers")
+CLIP_MODES = (*MOMENT_MODES, *HISTOGRAM_MODES, *IMAGE_MODES)
+# Those that a live tensor, such as a weight or a batch in dynamic mode, can be clipped by.
+LIVE_CLIP_MODES = (*MOMENT_MODES, "percentile", "quantile", "mse")
+# Those that weights have of their own; none is by their smallest and largest value.
+WEIGHT_CLIP_MODES = ("none", "mse", "percentile")
+# The setting of a ClipSpec that a mode reads.
+SETTING_OF_MODE = {
+    "n_std": "n_stds",
+    "percentile": "percentile",
+    "quantile": "outlier_prob",
+    "mean_no_outliers": "outlier_prob",
+    "median_no_outliers": "outlier_prob",
+}
+DEFAULT_PERCENTILE = 99.99
+DEFAULT_OUTLIER_PROB = 1e-4
 MIN_BITS, MAX_BITS = 2, 16
 # Those of ACIQ, and the widest grid that they have published constants for.
 ACIQ_MODES = ("gauss", "laplace")
@@ -130,14 +148,20 @@ class ClipSpec:
     Args:
         mode: one of CLIP_MODES.
         n_stds: how many standard deviations mode n_std keeps on each side of the mean.
-        half_range: whether the values follow a ReLU, for the tables of gauss and laplace.
+        half_range: whether the values follow a ReLU, for the tables of gauss and laplace, and for
+            histograms of the values in front of it.
         to_observed: whether gauss and laplace stay within the smallest and largest value observed.
+        percentile: how many percent of the values mode percentile keeps, above 0 to 100.
+        outlier_prob: share of the values that mode quantile leaves out on each side, and beyond
+            which the ranges of images are outliers to the modes no_outliers, 0 to 0.5.
     """
 
     mode: str = "none"
     n_stds: float | None = None
     half_range: bool = False
     to_observed: bool = False
+    percentile: float = DEFAULT_PERCENTILE
+    outlier_prob: float = DEFAULT_OUTLIER_PROB
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qtool.graph.fold import fold_batch_norms
 from qtool.graph.neighbours import fused_activations
 from qtool.graph.trace import layers
-from qtool.numerics.spec import LayerSpec, QParams, QuantSpec
+from qtool.numerics.spec import SETTING_OF_MODE, ClipSpec, LayerSpec, QParams, QuantSpec
 from qtool.quantizers import plan as plans
 from qtool.quantizers.plan import (
     LayerPlan,
@@ -36,11 +36,9 @@ def _layer_params(layer: LayerPlan, spec: LayerSpec | None) -> dict[str, Any]:
     if layer.activation:
         found["activation"] = layer.activation
     if spec is not None and layer.kind in (plans.INTEGER, plans.FAKE):
-        found["clip_activations"] = spec.clip.mode
-        if spec.clip.n_stds is not None:
-            found["clip_n_stds"] = spec.clip.n_stds
-        if spec.clip.to_observed:
-            found["clip_to_observed"] = True
+        found |= _clipping("activations", spec.clip)
+    if spec is not None and spec.weight_clip is not None and layer.weight is not None:
+        found |= _clipping("weights", spec.weight_clip)
     if layer.kind == plans.INTEGER:
         found["bits_accum"] = layer.accum_bits
         if layer.scale_approx_bits is not None:
@@ -52,6 +50,17 @@ def _layer_params(layer: LayerPlan, spec: LayerSpec | None) -> dict[str, Any]:
     found |= {"inputs": fresh} if fresh else {}
     found |= {"output": _grid(layer.output)} if layer.output is not None else {}
     found |= {"weight": _grid(layer.weight)} if layer.weight is not None else {}
+    return found
+
+
+def _clipping(what: str, clip: ClipSpec) -> dict[str, Any]:
+    """A clip mode and the setting that it reads, if any, as a YAML file has them."""
+    found: dict[str, Any] = {f"clip_{what}": clip.mode}
+    if clip.mode in SETTING_OF_MODE:
+        setting = SETTING_OF_MODE[clip.mode]
+        found[f"clip_{setting}" + ("_weights" if what == "weights" else "")] = getattr(clip, setting)
+    if clip.to_observed:
+        found["clip_to_observed"] = True
     return found
 
 
@@ -99,12 +108,13 @@ def _treatment(node: fx.Node, spec: LayerSpec | None, never_negative: Set[fx.Nod
         return f"float ({note})"
     weight = spec.weight
     parts = (
-        [f"weights {_grid_name(weight)}"] if weight and kind in _WITH_WEIGHTS and _has_weight(node) else []
+        [f"weights {_grid_name(weight)}{_clipped(spec.weight_clip)}"]
+        if weight and kind in _WITH_WEIGHTS and _has_weight(node)
+        else []
     )
     if spec.output is not None and kind in (plans.INTEGER, plans.FAKE):
         output = asked_of_output(node, spec, never_negative)
-        clip = "" if spec.clip.mode == "none" else f" clipped by {spec.clip.mode}"
-        parts.append(f"output {_grid_name(output)}{clip}")
+        parts.append(f"output {_grid_name(output)}{_clipped(spec.clip)}")
     return ", ".join(parts) + (" (computes in float)" if kind == plans.FAKE else "")
 
 
@@ -113,6 +123,10 @@ _WITH_WEIGHTS = (plans.INTEGER, plans.WEIGHTS_ONLY, plans.EMBEDDING)
 
 def _has_weight(node: fx.Node) -> bool:
     return node.meta["op"] in plans.WEIGHTED or node.meta["op"] == "embedding"
+
+
+def _clipped(clip: ClipSpec | None) -> str:
+    return "" if clip is None or clip.mode == "none" else f" clipped by {clip.mode}"
 
 
 def _grid_name(spec: QuantSpec) -> str:

@@ -26,6 +26,7 @@ from qtool.algorithms.lapq import (
     searched_tensors,
 )
 from qtool.config import Config, dump_quantizers, with_settings_of_layers
+from qtool.config.searches import without_weight_clipping
 from qtool.config.sections import QuantizeConfig
 from qtool.data.calibration_set import calibration_indices, overlap
 from qtool.data.datasets import check_outputs
@@ -160,14 +161,14 @@ def _lapq_record(
 def _without_clipping(config: QuantizeConfig, traced: fx.GraphModule) -> QuantizeConfig:
     """The settings with clip mode none everywhere; clip modes that were asked for are set aside."""
     specs = steps.specs_for(traced, config)
-    clipped = [name for name, spec in specs.items() if spec.clip.mode != "none"]
+    clipped = [n for n, s in specs.items() if s.clip.mode != "none" or s.weight_clip is not None]
     if clipped:
         LOG.warning(
             "clip modes are set aside, such as that of %s: --qe-lapq chooses all ranges, and starts where "
             "--lapq-init-mode says",
             clipped[0],
         )
-    return with_settings_of_layers(replace(config, also_clip_weights=False), list(specs), {})
+    return with_settings_of_layers(without_weight_clipping(config), list(specs), {})
 
 
 @contextmanager

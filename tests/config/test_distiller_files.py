@@ -266,7 +266,7 @@ def test_all_problems_are_reported_together_with_their_lines(problems):
         "overrides:\n"
         "  conv1: {acts: 8, wts: 4, bias: 32}\n"
         "  fc:\n"
-        "    clip_acts: MEDIAN\n"
+        "    clip_acts: LOWEST\n"
         "  relu:\n"
     )
     assert [line.split(": ", 1)[0] for line in found] == ["4", "5", "6", "8", "8", "8", "10", "11"]
@@ -275,7 +275,7 @@ def test_all_problems_are_reported_together_with_their_lines(problems):
     assert found[2].endswith("'make_identity' is a setting of single layers; put it under 'overrides'")
     assert found[3].endswith("overrides.conv1: key 'acts' is an old spelling; write 'bits_activations'")
     assert found[5].endswith("key 'wts' is an old spelling; write 'bits_weights'")
-    assert "overrides.fc.clip_acts: 'median' is not one of 'none', 'avg'" in found[6]
+    assert "overrides.fc.clip_acts: 'lowest' is not one of 'none', 'avg'" in found[6]
     assert found[7] == "11: overrides.relu: a mapping of settings is wanted"
 
 

@@ -85,7 +85,7 @@ def test_all_problems_of_all_files_come_together(write_config):
         "config.yaml:1: check: unknown key 'eror_rate'; did you mean 'error_rate'?",
         "config.yaml:2: check.judge: 'mean' is not one of 'interval', 'point'.",
         "config.yaml:7: quantizers: unknown key 'bits_wieghts'; did you mean 'bits_weights' or "
-        "'save_fp_weights' or 'mode_weights'?",
+        "'clip_weights' or 'save_fp_weights'?",
         "config.yaml:9: runs.0.expect: unknown key 'top_1'; did you mean 'top1_min'?",
         "config.yaml:10: runs.0.expect.drop_max: 101 is not in the range -100<=x<=100.",
         "config.yaml:11: runs.0.expect.agreement_min: found baseline - 1, but no baseline; "

@@ -95,7 +95,7 @@ def test_values_get_the_types_of_their_flags(write_config):
         ("mode: !!set {sym}", "found set; a single value is wanted"),
         ("bits_accum: 7", "7 is not in the range 8<=x<=64."),
         ("mode: symmetric", "'symmetric' is not one of 'sym', 'sym_restr', 'asym_s', 'asym_u'."),
-        ("clip_activations: mse", "'mse' is not one of 'none', 'avg', 'n_std', 'gauss', 'laplace'."),
+        ("accum_dtype: mse", "'mse' is not one of 'float32', 'float64'."),
         ("clip_n_stds: 0", "0 is not a positive number."),
         ("clip_n_stds: .nan", "nan is not a positive number."),
         ("scale_approx_bits: 1", "1 is not in the range 2<=x<=32."),

@@ -1,15 +1,25 @@
 """Ranges from statistics are those of the worked examples, and what a mode lacks is named."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from qtool.numerics.clipping import FIELDS, aciq_alpha, choose_range, range_of_tensor
-from qtool.numerics.spec import CLIP_MODES, ClipSpec, QuantSpec
+from qtool.numerics.histogram import Histogram
+from qtool.numerics.spec import (
+    CLIP_MODES,
+    HISTOGRAM_MODES,
+    IMAGE_MODES,
+    LIVE_CLIP_MODES,
+    MOMENT_MODES,
+    ClipSpec,
+    QuantSpec,
+)
 from qtool.observers.stats import ActivationStats
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -19,6 +29,47 @@ COLUMNS = ("mode", "n_stds", "half_range", "grid", "num_bits", "low", "high")
 
 RECORD = ActivationStats(**EXAMPLES["record"])
 UNSIGNED = QuantSpec.from_mode("asym_u")
+ESTIMATORS = (*HISTOGRAM_MODES, *IMAGE_MODES)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a range can be chosen from, of a batch of images."""
+
+    min: float
+    max: float
+    avg_min: float | None = None
+    avg_max: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    b: float | None = None
+    histogram: Histogram | None = None
+    image_min: np.ndarray | None = None
+    image_max: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Measured":
+        """x: (images, elements); the histogram is of the first half of each, as one of a sample is."""
+        return cls(
+            min=float(x.min()),
+            max=float(x.max()),
+            avg_min=float(x.amin(1).mean()),
+            avg_max=float(x.amax(1).mean()),
+            mean=float(x.mean()),
+            std=float(x.std(correction=0)),
+            b=float((x - x.mean()).abs().mean()),
+            histogram=Histogram.of(x[:, : x.shape[1] // 2]),
+            image_min=x.amin(1).numpy(),
+            image_max=x.amax(1).numpy(),
+        )
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Twenty images, one of them with a far value that the histogram misses."""
+    x = torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
+    x[3, -1] = 40
+    return x
 
 
 def widest(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
@@ -112,11 +163,101 @@ def test_half_range_uses_the_constant_of_one_bit_more(mode):
         assert aciq_alpha(mode, bits, half_range=True) == aciq_alpha(mode, bits + 1)
 
 
+# Estimators
+
+
+@pytest.mark.parametrize("mode", ESTIMATORS)
+@pytest.mark.parametrize("spec", [QuantSpec(), UNSIGNED, QuantSpec(num_bits=4)], ids=str)
+def test_estimators_leave_a_far_value_out_and_stay_inside_the_record(images, mode, spec):
+    record = Measured.of(images)
+    low, high = (v.item() for v in choose_range(record, spec, ClipSpec(mode)))
+    assert record.min <= low < -2 and 2 < high < 6
+    assert all(v.dtype == torch.float32 for v in choose_range(record, spec, ClipSpec(mode)))
+
+
+@pytest.mark.parametrize("mode", ESTIMATORS)
+def test_a_narrowed_record_narrows_what_estimators_see(images, mode):
+    record = replace(Measured.of(images), min=0.0, max=6.0)
+    narrowed = Measured.of(images.clamp(0, 6))
+    found = choose_range(record, UNSIGNED, ClipSpec(mode))
+    wanted = choose_range(replace(narrowed, max=6.0), UNSIGNED, ClipSpec(mode))
+    assert [v.item() for v in found] == pytest.approx([v.item() for v in wanted], abs=record.histogram.width)
+
+
+@pytest.mark.parametrize("mode", ESTIMATORS)
+def test_half_range_sees_the_values_behind_the_relu(images, mode):
+    before, behind = Measured.of(images), Measured.of(images.relu())
+    found = choose_range(before, QuantSpec(num_bits=4), ClipSpec(mode, half_range=True))
+    wanted = choose_range(behind, QuantSpec(num_bits=4), ClipSpec(mode))
+    assert [v.item() for v in found] == pytest.approx([v.item() for v in wanted], abs=before.histogram.width)
+
+
+@pytest.mark.parametrize("mode", ESTIMATORS)
+def test_a_record_without_extent_has_a_range(mode):
+    record = replace(Measured.of(torch.randn(5, 10) - 8), min=0.0, max=0.0)  # below a ReLU
+    assert [v.item() for v in choose_range(record, UNSIGNED, ClipSpec(mode))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "narrow", "wide"),
+    [
+        ("percentile", {"percentile": 90.0}, {"percentile": 99.9}),
+        ("quantile", {"outlier_prob": 0.1}, {"outlier_prob": 1e-3}),
+        ("mean_no_outliers", {"outlier_prob": 0.4}, {"outlier_prob": 1e-4}),
+    ],
+)
+def test_settings_of_a_mode_change_its_range(images, mode, narrow, wide):
+    record = Measured.of(images)
+    ends = [choose_range(record, UNSIGNED, ClipSpec(mode, **given))[1].item() for given in (narrow, wide)]
+    assert ends[0] < ends[1]
+
+
+@pytest.mark.parametrize("mode", ["percentile", "quantile", "mse"])
+@pytest.mark.parametrize("spec", [QuantSpec(num_bits=4), UNSIGNED], ids=str)
+def test_a_live_tensor_has_the_range_of_its_histogram(images, mode, spec):
+    record = replace(Measured.of(images), histogram=Histogram.of(images))
+    assert range_of_tensor(images, spec, ClipSpec(mode)) == choose_range(record, spec, ClipSpec(mode))
+
+
+@pytest.mark.parametrize("mode", [m for m in CLIP_MODES if m not in LIVE_CLIP_MODES])
+def test_modes_that_need_calibration_are_refused_for_a_live_tensor(images, mode):
+    with pytest.raises(
+        ValueError, match=f"clip mode {mode} is of calibrated tensors; choose one of none, avg"
+    ):
+        range_of_tensor(images, QuantSpec(), ClipSpec(mode))
+
+
+@pytest.mark.parametrize("mode", ["mse", "percentile"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_channels_are_clipped_each_by_itself(mode, axis):
+    weight = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1.0], [10], [0.1]]
+    )
+    weight[0, 7] = 12
+    x = weight.T.contiguous() if axis else weight
+    low, high = range_of_tensor(x, QuantSpec(num_bits=4, axis=axis), ClipSpec(mode, percentile=99.0))
+    largest = weight.abs().amax(1)
+    assert high.shape == (3,) and (high < largest).all() and (high == -low).all()
+    assert high[0] < 5 and 10 < high[1] < 40 and 0.1 < high[2] < 0.4
+
+
 # What is missing or senseless
 
 
 @pytest.mark.parametrize(
-    ("mode", "field"), [(m, f) for m in CLIP_MODES for f in FIELDS[m] if f not in ("min", "max")]
+    ("mode", "field", "name"),
+    [(m, "histogram", "a histogram") for m in HISTOGRAM_MODES]
+    + [(m, f, f) for m in IMAGE_MODES for f in ("image_min", "image_max")],
+)
+def test_what_an_estimator_lacks_is_named_with_what_to_do(images, mode, field, name):
+    record = replace(Measured.of(images), **{field: None})
+    wanted = f"^clip mode {mode} needs {name}; calibrate again, the file has none$"
+    with pytest.raises(ValueError, match=wanted):
+        choose_range(record, UNSIGNED, ClipSpec(mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "field"), [(m, f) for m in MOMENT_MODES for f in FIELDS[m] if f not in ("min", "max")]
 )
 def test_missing_field_is_named_with_the_mode_that_needs_it(mode, field):
     record = replace(RECORD, **{field: None})
@@ -125,10 +266,11 @@ def test_missing_field_is_named_with_the_mode_that_needs_it(mode, field):
 
 
 @pytest.mark.parametrize("mode", CLIP_MODES)
-def test_fields_that_the_mode_does_not_read_may_be_missing(mode):
-    absent = {f: None for f in ("avg_min", "avg_max", "mean", "std", "b") if f not in FIELDS[mode]}
+def test_fields_that_the_mode_does_not_read_may_be_missing(images, mode):
+    record = Measured.of(images)
+    absent = {f: None for f in vars(record) if f not in ("min", "max", *FIELDS[mode])}
     clip = ClipSpec(mode, n_stds=2)
-    assert choose_range(replace(RECORD, **absent), UNSIGNED, clip) == choose_range(RECORD, UNSIGNED, clip)
+    assert choose_range(replace(record, **absent), UNSIGNED, clip) == choose_range(record, UNSIGNED, clip)
 
 
 @pytest.mark.parametrize("n_stds", [None, 0, -1.5])

@@ -10,7 +10,13 @@ from typing import Any
 import click
 
 from qtool.config.options import FILE, Bits, FloatBits, Pair, PositiveFloat, option
-from qtool.numerics.spec import CLIP_MODES, MODES
+from qtool.numerics.spec import (
+    CLIP_MODES,
+    DEFAULT_OUTLIER_PROB,
+    DEFAULT_PERCENTILE,
+    MODES,
+    WEIGHT_CLIP_MODES,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class QuantizeConfig:
     clip_activations: str = option(
         "none",
         click.Choice(CLIP_MODES),
-        "How the range of activations is chosen.",
+        "How the range of activations is chosen (docs/estimators.md).",
         "--qe-clip-acts",
         "--qeca",
     )
@@ -68,6 +74,30 @@ class QuantizeConfig:
         click.BOOL,
         "With a symmetric grid: integers from 0 on for activations that are never negative.",
         "--qe-sym-unsigned",
+    )
+    clip_percentile: float | None = option(
+        None,
+        PositiveFloat(100.0),
+        "Percent of the values that clip mode percentile keeps.",
+        "--qe-clip-percentile",
+        shown_default=f"{DEFAULT_PERCENTILE:g}",
+    )
+    clip_outlier_prob: float | None = option(
+        None,
+        PositiveFloat(0.5),
+        "Share of values (mode quantile) or images (modes no_outliers) to leave out on each side.",
+        "--qe-clip-outlier-prob",
+        shown_default=f"{DEFAULT_OUTLIER_PROB:g}",
+    )
+    clip_weights: str = option(
+        "none", click.Choice(WEIGHT_CLIP_MODES), "How the range of weights is chosen.", "--qe-clip-wts"
+    )
+    clip_percentile_weights: float | None = option(
+        None,
+        PositiveFloat(100.0),
+        "Percent of the weights that --qe-clip-wts percentile keeps.",
+        "--qe-clip-percentile-wts",
+        shown_default=f"{DEFAULT_PERCENTILE:g}",
     )
     per_channel_weights: bool = option(
         False, click.BOOL, "One scale for each output channel of a weight.", "--qe-per-channel", "--qepc"
@@ -166,6 +196,10 @@ OVERRIDABLE = (
     "accum_dtype",
     "clip_activations",
     "clip_n_stds",
+    "clip_percentile",
+    "clip_outlier_prob",
+    "clip_weights",
+    "clip_percentile_weights",
     "clip_half_range",
     "clip_to_observed",
     "symmetric_unsigned",
@@ -181,4 +215,12 @@ OVERRIDABLE = (
     "weight_range_factors",
 )
 # What input_overrides, inside an override, may set for one input.
-INPUT_SETTINGS = ("bits_activations", "mode", "clip_activations", "clip_n_stds", "clip_to_observed")
+INPUT_SETTINGS = (
+    "bits_activations",
+    "mode",
+    "clip_activations",
+    "clip_n_stds",
+    "clip_percentile",
+    "clip_outlier_prob",
+    "clip_to_observed",
+)
