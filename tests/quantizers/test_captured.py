@@ -123,8 +123,11 @@ def quantized(net: nn.Module, batches: list[Tensor], config: qtool.QuantizeConfi
     return qtool.quantize(net, stats, config, batches[0])
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NETWORKS)
+CASES = [(name, config) for name in NETWORKS for config in ("static", "dynamic")]
+CASES += [("branching", "per sample"), ("encoder", "per sample"), ("branching", "weights only")]
+
+
+@pytest.mark.parametrize("name, config", CASES)
 def test_quantized_saved_loaded_and_evaluated(name, config, tmp_path):
     make, batches = NETWORKS[name]
     net = made(make)
