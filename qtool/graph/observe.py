@@ -214,7 +214,7 @@ def _gives_record(node: fx.Node) -> bool:
 
 
 def key_of(source: fx.Node, reader: fx.Node) -> str:
-    """What an input of a layer is filed under; one that no layer gives, once for each branch that reads it."""
+    """What an input of a layer is filed under; one that no layer gives has a record for each branch."""
     source, guard = origin(source), reader.meta.get("guard")
     return f"{source.name} if {guard}" if guard and not _gives_record(source) else source.name
 
