@@ -104,6 +104,9 @@ class ComputingTracer(LayerTracer):
         answers: to the questions whether a value is true, in order.
     """
 
+    # What is computed from buffers, and decided by them, is part of the graph, as for parameters.
+    proxy_buffer_attributes = True
+
     def __init__(self, root: nn.Module, example: Any, answers: tuple[bool, ...]) -> None:
         super().__init__(absent(root, example))
         self.answers = list(answers)

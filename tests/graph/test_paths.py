@@ -313,3 +313,29 @@ def test_a_table_is_cut_to_the_length_of_each_input(captured):
         x = torch.randn(length, 4)
         with torch.no_grad():
             torch.testing.assert_close(traced(x), net(x))
+
+
+class Switched(nn.Module):
+    """Decides by a parameter and by a buffer, whose values are not those of the network that is loaded."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.tensor(1.0 if on else -1.0))
+        self.register_buffer("on", torch.tensor(on))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale > 0:
+            x = self.a(x) * self.scale
+        return self.b(x) if self.on else x
+
+
+def test_parameters_and_buffers_decide_when_the_graph_runs(monkeypatch):
+    monkeypatch.setattr(tracing, "capture", by_paths)
+    x = torch.randn(2, 4)
+    on, off = (trace(Switched(value).eval(), x) for value in (True, False))
+    assert names(on) == names(off) == ["a", "mul", "b"]
+    assert torch.equal(off(x), x)
+    off.load_state_dict(on.state_dict())
+    assert torch.equal(off(x), on(x))
