@@ -21,8 +21,8 @@ from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
 from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
-from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.logits import logits_of, outputs_of
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.steps import example_input
 from qtool.quantizers.checkpoint import from_checkpoint, is_quantized
 from qtool.quantizers.prepare import QuantizedModel

@@ -36,8 +36,8 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
-from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.logits import outputs_of
+from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.passes import evaluate_images, measure_stats
 from qtool.pipeline.provenance import check_origin
 from qtool.pipeline.ranks import ALONE, Ranks

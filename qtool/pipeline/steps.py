@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
-from qtool.graph.fingerprint import check_network, fingerprint
 from qtool.graph.control import has_decisions
+from qtool.graph.fingerprint import check_network, fingerprint
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
 from qtool.models import read_checkpoint
@@ -31,8 +31,8 @@ from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.calibration import chunk_size, chunks, measure
-from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.logits import logits_of
+from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
 from qtool.quantizers.prepare import QuantizedModel, quantize_graph
 from qtool.report import Result
