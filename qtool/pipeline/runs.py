@@ -290,8 +290,6 @@ def log_notes(model: QuantizedModel) -> None:
         )
 
 
-
-
 def _record(
     config: Config,
     subject: Subject,
