@@ -1,14 +1,13 @@
-"""Networks as graphs: by torch.fx's symbolic trace, or by torch.export where that cannot.
+"""Networks as graphs: by torch.fx's symbolic trace, by torch.export where that cannot, or by paths.
 
-Both give an fx.GraphModule whose nodes call torch's own modules by their path, and functions with
+All give an fx.GraphModule whose nodes call torch's own modules by their path, and functions with
 `meta["path"]`, the path of the module that they came from. So the layers of a network have the same
-names either way.
+names either way. No operation of it is in place.
 """
 
 from __future__ import annotations
 
 import inspect
-import linecache
 import logging
 import os
 from collections.abc import Iterator
@@ -19,64 +18,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth
 
 from qtool.errors import ModelError
+from qtool.graph.control import steer
 from qtool.graph.examples import absent, arguments
-
-# torchvision's own modules that symbolic tracing must not enter.
-LEAF_CLASSES = (StochasticDepth, FrozenBatchNorm2d, DeformConv2d)
-_TORCH = Path(torch.__file__).parent
-
-
-class LayerTracer(fx.Tracer):
-    """fx's tracer, which also notes for each node the path of the module that it came from.
-
-    Args:
-        fixed: parameters of the network's forward that keep a value, and are no inputs.
-    """
-
-    def __init__(self, fixed: dict[str, Any]) -> None:
-        super().__init__()
-        self.fixed = fixed
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if hasattr(m, "qtool_op") or isinstance(m, LEAF_CLASSES):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        function, values = super().create_args_for_root(*args, **kwargs)
-        for index, value in enumerate(values):
-            if isinstance(value, fx.Proxy) and value.node.target in self.fixed:
-                values[index] = self.fixed[str(value.node.target)]
-                self.graph.erase_node(value.node)
-        return function, values
-
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        proxy = super().create_proxy(*args, **kwargs)
-        proxy.node.meta["path"] = self.scope.module_path
-        return proxy
+from qtool.graph.paths import by_paths
+from qtool.graph.pure import make_pure
+from qtool.graph.recurrent import Recurrent
+from qtool.graph.tracer import LayerTracer
 
 
 def capture(root: nn.Module, example: Any) -> fx.GraphModule:
     """The graph of a network.
 
     Raises:
-        ModelError: if there is no way; the message names the line at which symbolic tracing gave up.
+        ModelError: if there is no way; the message names the line of the network's code.
     """
-    errors = []
-    for way in (symbolic, exported):
+    # torch.export cannot take the loops of recurrent modules.
+    has_loops = any(isinstance(module, Recurrent) for module in root.modules())
+    ways = (symbolic, by_paths) if has_loops else (symbolic, exported, by_paths)
+    for way in ways:
         try:
             return way(root, example)
         except Exception as error:
-            errors.append(error)
-    raise ModelError(_why_impossible(*errors)) from errors[0]
+            last = error
+    why = str(last) if isinstance(last, ModelError) else one_line(last)
+    raise ModelError(f"the network cannot be captured: {why}") from last
 
 
 def symbolic(root: nn.Module, example: Any) -> fx.GraphModule:
     """The graph that torch.fx finds without running the network."""
     graph = LayerTracer(absent(root, example)).trace(root)
+    make_pure(graph, dict(root.named_modules(remove_duplicate=False)))
+    steer(graph)
     return fx.GraphModule(root, graph, class_name=type(root).__name__)
 
 
@@ -96,6 +70,7 @@ def exported(root: nn.Module, example: Any) -> fx.GraphModule:
         if not node.users and str(getattr(node.target, "__name__", "")).startswith("_assert"):
             traced.graph.erase_node(node)
     _collapse_modules(traced.graph, root)
+    make_pure(traced.graph, dict(root.named_modules(remove_duplicate=False)))
     return fx.GraphModule(_Both(root, traced), traced.graph, class_name=type(root).__name__)
 
 
@@ -174,25 +149,6 @@ def _collapse(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
     for node in reversed(nodes):
         if not node.users:
             graph.erase_node(node)
-
-
-def _why_impossible(symbolic_error: Exception, export_error: Exception) -> str:
-    """Name the line of the user's code at which capturing gave up."""
-    return (
-        f"the network cannot be traced{_line_of(symbolic_error)}: {one_line(symbolic_error)}; "
-        f"torch.export says{_line_of(export_error)}: {one_line(export_error, 120)}; "
-        "rewrite that line without Python control flow on tensors"
-    )
-
-
-def _line_of(error: Exception) -> str:
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    libraries = (_TORCH, Path(__file__).parent)
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(p) for p in libraries)]
-    if not own:
-        return ""
-    line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
-    return f" at {own[-1].filename}:{own[-1].lineno} ({line})"
 
 
 def one_line(error: BaseException, max_chars: int = 300) -> str:

@@ -110,4 +110,6 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta["path"] = self.replaced.meta.get("path", "")
+        if "guard" in self.replaced.meta:
+            proxy.node.meta["guard"] = self.replaced.meta["guard"]
         return proxy

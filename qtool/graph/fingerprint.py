@@ -95,9 +95,13 @@ def _of_one(shape: tuple[int, ...]) -> str:
 
 
 def _output_shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
-    """The shape of what each layer gives, None for several tensors."""
-    values = {name: node.meta["value"] for name, node, _ in layers(traced)}
-    return {n: tuple(v.shape) if isinstance(v, Tensor) else None for n, v in values.items()}
+    """The shape of what each layer gives; None for several tensors, and for what is not of an image each."""
+    return {
+        name: tuple(value.shape) if isinstance(value, Tensor) and value.dim() and not decides else None
+        for name, value, decides in (
+            (name, node.meta["value"], node.meta.get("decides")) for name, node, _ in layers(traced)
+        )
+    }
 
 
 def _sha256(text: str) -> str:

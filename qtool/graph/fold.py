@@ -78,6 +78,8 @@ def fold_batch_norms(traced: fx.GraphModule) -> Folded:
         layer_name = producer.meta.get("layer")
         if layer_name is None or not _can_fold(modules[layer_name], producer):
             continue
+        if producer.meta.get("guard") != node.meta.get("guard"):
+            continue  # statistics of the batch norm are those of one branch only
         modules[layer_name] = _fold(modules[layer_name], module)
         folded.set_submodule(layer_name, modules[layer_name])
         node.replace_all_uses_with(producer)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from qtool.graph.control import begin_steps, end_steps
 from qtool.graph.trace import layers, tensor_inputs
 
 
@@ -32,13 +33,17 @@ class LayerMacs:
 
 
 def count_macs(traced: fx.GraphModule) -> dict[str, LayerMacs]:
-    """The multiply-accumulates of every layer that does any, by name, for one input of the batch."""
+    """The multiply-accumulates of every layer that does any, by name, for one input of the batch.
+
+    A layer in a loop counts for each step of the example; one in a branch counts as if it were taken.
+    """
     batch = _batch_size(traced)
+    rounds = _rounds(traced)
     found = {}
     for name, node, module in layers(traced):
         formula = _FORMULAS.get(node.meta["op"])
         if formula is not None:
-            found[name] = LayerMacs(formula(node, module) / batch)
+            found[name] = LayerMacs(formula(node, module) * rounds[node] / batch)
         elif _has_matrices(module):
             found[name] = LayerMacs(0.0, known=False)
     return found
@@ -50,6 +55,18 @@ def _batch_size(traced: fx.GraphModule) -> int:
         if node.op == "placeholder" and isinstance(value, Tensor) and value.dim():
             return max(1, value.shape[0])
     return 1
+
+
+def _rounds(traced: fx.GraphModule) -> dict[fx.Node, int]:
+    """How often each node runs on the example."""
+    found, rounds = {}, 1
+    for node in traced.graph.nodes:
+        if node.target is begin_steps:
+            sequence, axis = node.args[:2]
+            rounds = sequence.meta["value"].shape[axis]
+        rounds = 1 if node.target is end_steps else rounds
+        found[node] = rounds
+    return found
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ chosen, and a ReLU that follows a quantized layer is computed by that layer's cl
 import math
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from qtool.graph import ops
 from qtool.graph.trace import layers
@@ -34,7 +34,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
     for user in node.users:
         if user.op == "output":
             found.append(user)
-        elif not _holds_tensor(user.meta.get("value")):
+        elif not reads_values(user):
             continue
         elif user.meta["op"] in ops.KEEPS_GRID:
             found.extend(readers(user))
@@ -43,9 +43,11 @@ def readers(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _holds_tensor(value: object) -> bool:
+def reads_values(node: fx.Node) -> bool:
+    """Whether a node uses the numbers of its inputs, not only their shape."""
+    value = node.meta.get("value")
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(ops.is_float_tensor(v) for v in values)
+    return any(isinstance(v, Tensor) for v in values) or node.meta["op"] not in ops.READS_SHAPE
 
 
 def following_op(node: fx.Node) -> tuple[str, fx.Node] | None:

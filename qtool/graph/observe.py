@@ -2,8 +2,8 @@
 
 Every tensor is observed once. A layer's input is its producer's output, or the same values in another
 shape, and is filed under both names; only inputs that no layer produced (the network's own, a part of
-a tensor) get an observer of their own, one for all their readers. The output of a ReLU has the extremes
-of its input, limited.
+a tensor) get an observer of their own, one for all their readers in the same branch of the code. The
+output of a ReLU has the extremes of its input, limited.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class NonFiniteError(StatsError):
 
 @dataclass
 class _Watch:
-    """One tensor that is observed: its node, what is called where it is, and what it has shown."""
+    """One tensor that is observed: its key, its node, what is called where it is, and what it has shown."""
 
+    key: str
     node: fx.Node
     where: str
     observer: TensorObserver | None = None
@@ -68,14 +69,14 @@ class Observation:
     Args:
         network: what runs.
         batchwise: `auto` finds the images' axis of each tensor, `on` takes axis 0; `off` as auto.
-        pivots: by node name, for parts of a calibration that are to be merged.
+        pivots: by key, for parts of a calibration that are to be merged.
     """
 
     network: Fast
     batchwise: str = "auto"
     pivots: Mapping[str, float] = field(default_factory=dict)
     chunk: Chunk | None = None
-    watches: dict[fx.Node, _Watch] = field(default_factory=dict)
+    watches: dict[str, _Watch] = field(default_factory=dict)
     _scratch: Tensor | None = None
     _warned: set[str] = field(default_factory=set)
 
@@ -89,13 +90,13 @@ class Observation:
         return self.network.traced(images)
 
     def sums(self) -> dict[str, TensorSums]:
-        """What was gathered, by the name of the node."""
-        found = {node.name: w.observer.sums() for node, w in self.watches.items() if w.observer is not None}
+        """What was gathered, by key, see key_of; nothing of what did not run."""
+        found = {key: w.observer.sums() for key, w in self.watches.items() if w.observer is not None}
         return {name: sums for name, sums in found.items() if sums is not None}
 
     def pivots_found(self) -> dict[str, float]:
-        """From which value deviations are measured, by the name of the node."""
-        watched = {node.name: w.observer for node, w in self.watches.items() if w.observer is not None}
+        """From which value deviations are measured, by key."""
+        watched = {key: w.observer for key, w in self.watches.items() if w.observer is not None}
         return {name: o.pivot for name, o in watched.items() if o.pivot is not None}
 
     def see(self, watch: _Watch, x: Tensor) -> None:
@@ -121,7 +122,7 @@ class Observation:
         shape = list(x.shape)
         if watch.axis is not None:
             shape[watch.axis] //= self.chunk.images
-        watch.observer = TensorObserver(tuple(shape), self.pivots.get(watch.node.name))
+        watch.observer = TensorObserver(tuple(shape), self.pivots.get(watch.key))
 
     def _axis_of(self, watch: _Watch, x: Tensor) -> int | None:
         """The axis of the images; a tensor without one is a single row of each chunk."""
@@ -151,7 +152,7 @@ class Observation:
         sources = tensor_inputs(watch.node)
         if limits is None or len(sources) != 1:
             return None
-        source = self.watches.get(sources[0])
+        source = self.watches.get(key_of(sources[0], watch.node))
         if source is None or source.observer is None or source.axis != watch.axis:
             return None
         number, found = source.observer.latest or (None, None)
@@ -170,26 +171,21 @@ def observe(
     """
     observation = Observation(network, batchwise, pivots or {})
     handles: list[RemovableHandle] = []
-    produced = {
-        node
-        for _, node, _ in layers(network.traced)
-        if ops.is_float_tensor(node.meta["value"]) and not is_unbounded(node)
-    }
+    watches = observation.watches
     try:
         for name, node, module in layers(network.traced):
             fresh = []
             for index, source in enumerate(tensor_inputs(node)):
-                source = origin(source)
-                if source in produced or source in observation.watches or is_mask(node, index):
+                key, source = key_of(source, node), origin(source)
+                if _gives_record(source) or key in watches or is_mask(node, index):
                     continue
-                watch = _Watch(source, f"the input {index} of layer {name!r}")
-                observation.watches[source] = watch
-                fresh.append((index, watch))
+                watches[key] = _Watch(key, source, f"the input {index} of layer {name!r}")
+                fresh.append((index, watches[key]))
             if fresh:
                 handles.append(_watch_inputs(observation, module, fresh))
-            if node in produced:
-                observation.watches[node] = _Watch(node, f"the output of layer {name!r}")
-                handles.append(_watch_output(observation, module, observation.watches[node]))
+            if _gives_record(node):
+                watches[node.name] = _Watch(node.name, node, f"the output of layer {name!r}")
+                handles.append(_watch_output(observation, module, watches[node.name]))
         yield observation
     finally:
         for handle in handles:
@@ -212,12 +208,23 @@ def origin(node: fx.Node) -> fx.Node:
     return node
 
 
+def _gives_record(node: fx.Node) -> bool:
+    """Whether a node is a layer whose output is observed."""
+    return "layer" in node.meta and ops.is_float_tensor(node.meta["value"]) and not is_unbounded(node)
+
+
+def key_of(source: fx.Node, reader: fx.Node) -> str:
+    """What an input of a layer is filed under; one that no layer gives has a record for each branch."""
+    source, guard = origin(source), reader.meta.get("guard")
+    return f"{source.name} if {guard}" if guard and not _gives_record(source) else source.name
+
+
 def model_stats(network: Fast, sums: Mapping[str, TensorSums], group: int = 1) -> ModelStats:
     """The records of all layers, each tensor filed under every name it has.
 
     Args:
         network: what ran.
-        sums: by node name, see Observation.sums.
+        sums: see Observation.sums.
         group: how many images make one item of the averages.
     """
     records = {name: part.stats(group) for name, part in sums.items()}
@@ -225,11 +232,15 @@ def model_stats(network: Fast, sums: Mapping[str, TensorSums], group: int = 1) -
     norms = {layer: norm for norm, layer in network.folded.items()}
     found: dict[str, LayerStats] = {}
     for name, node, _ in layers(network.traced):
-        sources = [(i, s) for i, s in enumerate(tensor_inputs(node)) if origin(s).name in records]
+        sources = [(i, s, key_of(s, node)) for i, s in enumerate(tensor_inputs(node))]
         inputs = {
-            i: _seen_as(records[origin(s).name], s, example) for i, s in sources if not is_mask(node, i)
+            i: _seen_as(records[key], s, example)
+            for i, s, key in sources
+            if key in records and not is_mask(node, i)
         }
         output = records.get(node.name)
+        if output is None and _gives_record(node):
+            continue  # no image took its branch
         if name in norms:
             found[name] = LayerStats(inputs, None)
             found[norms[name]] = LayerStats({}, output)

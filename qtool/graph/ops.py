@@ -70,7 +70,6 @@ SPELLINGS = {
     "mm": "matmul",
     "bmm": "matmul",
     "masked_softmax": "softmax",
-    "take_steps": "unbind",
     "new_zeros": "zeros_like",
 }
 
@@ -90,6 +89,14 @@ MOVES = frozenset(
         *("to", "float", "double", "half", "type", "type_as", "cpu", "cuda", "getattr"),
         *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
         *("slice", "alias", "to_copy", "zeros_like"),
+        *("pick", "begin_steps", "carry", "keep", "end_steps", "last_kept", "as_batch", "as_given"),
+    }
+)
+# What these give does not depend on the values of a tensor.
+READS_SHAPE = frozenset(
+    {
+        *("getattr", "size", "dim", "ndimension", "numel", "nelement", "stride", "len", "isinstance"),
+        *("is_floating_point", "is_complex", "is_contiguous", "get_device", "element_size"),
     }
 )
 SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split", "split_with_sizes"})

@@ -1,7 +1,8 @@
 """nn.LSTM and nn.GRU as layers that torch.fx can trace: linear layers, sums, products, gates.
 
-The input goes through one linear layer for all steps; each step has its own hidden layer, gates and
-sums. A trace holds as many steps as the example had.
+The input goes through one linear layer for all steps at once. The hidden layer, the gates and the sums
+of a step stand in the trace once, in a loop (graph/control.py): all steps share their grids, and a
+sequence may have any length.
 
 Reference:
     the equations in torch's documentation of nn.LSTM and nn.GRU.
@@ -15,25 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.errors import ModelError
 from qtool.graph.attention import linear
+from qtool.graph.control import begin_steps, carry, end_steps, keep, last_kept
 
 
-def take_steps(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
-    """The steps of a sequence that must have count of them, each without axis.
-
-    Raises:
-        ModelError: if it has another number.
-    """
+def as_batch(x: Tensor, dims: int, batch_axis: int) -> Tensor:
+    """A batch of one for a single sequence or state, which has one dimension less than dims."""
     if torch.overrides.has_torch_function_unary(x):
-        result: tuple[Tensor, ...] = torch.overrides.handle_torch_function(take_steps, (x,), x, count, axis)
+        result: Tensor = torch.overrides.handle_torch_function(as_batch, (x,), x, dims, batch_axis)
         return result
-    if x.shape[axis] != count:
-        raise ModelError(
-            f"the network was traced with sequences of {count} steps, and found one of {x.shape[axis]}; "
-            "pad or cut the sequences to one length, or trace with an example of that length"
-        )
-    return x.unbind(axis)
+    return x if x.dim() == dims else x.unsqueeze(batch_axis)
+
+
+def as_given(x: Tensor, given: Tensor, batch_axis: int) -> Tensor:
+    """The inverse of as_batch for a result, where the input was a single sequence, (L, H_in)."""
+    if torch.overrides.has_torch_function((x, given)):
+        result: Tensor = torch.overrides.handle_torch_function(as_given, (x, given), x, given, batch_axis)
+        return result
+    return x if given.dim() == 3 else x.squeeze(batch_axis)
 
 
 class LSTMCell(nn.Module):
@@ -92,35 +92,32 @@ class RecurrentLayer(nn.Module):
         self.cell = _CELLS[source.mode](linear(weights[1], biases[1]), project)
         self.backwards = suffix.endswith("_reverse")
 
-    def forward(
-        self, x: Tensor, state: Sequence[Tensor], length: int, axis: int
-    ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """The output of each step, in the order of the sequence, and the last state."""
-        steps = take_steps(self.input(x), length, axis)
-        outputs: list[Any] = [None] * length
-        for index in reversed(range(length)) if self.backwards else range(length):
-            state = self.cell(steps[index], state)
-            outputs[index] = state[0]
-        return outputs, state
+    def forward(self, x: Tensor, state: Sequence[Tensor], axis: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """The outputs of all steps, in the order of the sequence, and the last state."""
+        gates = self.input(x)
+        step = begin_steps(gates, axis, self.backwards)
+        names = ("h", "c")[: len(state)]
+        before = [carry(step, part, name) for part, name in zip(state, names, strict=True)]
+        after = [keep(step, v, name) for v, name in zip(self.cell(step, before), names, strict=True)]
+        outputs = end_steps(step, after[0], gates, axis)
+        return outputs, [last_kept(outputs, v, name) for v, name in zip(after, names, strict=True)]
 
 
 _CELLS: dict[str, Any] = {"LSTM": LSTMCell, "GRU": GRUCell}
 
 
 class Recurrent(nn.Module):
-    """What nn.LSTM or nn.GRU computes on sequences of one length, made of layers.
+    """What nn.LSTM or nn.GRU computes on sequences of any length, made of layers.
 
     Layer k is `layers.k.0`, and `layers.k.1` backwards; each has a linear layer `input` and a `cell`
     with a linear layer `hidden`.
 
     Args:
         source: the module to stand in for; its parameters are shared.
-        length: steps of a sequence.
     """
 
-    def __init__(self, source: nn.RNNBase, length: int) -> None:
+    def __init__(self, source: nn.RNNBase) -> None:
         super().__init__()
-        self.length = length
         self.batch_first = source.batch_first
         self.state_sizes = [source.proj_size or source.hidden_size]
         if source.mode == "LSTM":
@@ -132,21 +129,25 @@ class Recurrent(nn.Module):
         )
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """As nn.LSTM and nn.GRU, for a batch of sequences of equal length."""
-        x, axis = input, 1 if self.batch_first else 0
-        given = None if hx is None else (hx if len(self.state_sizes) == 2 else (hx,))
+        """As nn.LSTM and nn.GRU, for a batch of sequences of equal length, or a single one."""
+        axis = 1 if self.batch_first else 0
+        x = as_batch(input, 3, 1 - axis)
+        given = self._initial(x, hx, axis)
         last: list[Sequence[Tensor]] = []
         for directions in self.layers:
             outputs = []
             for layer in directions:  # type: ignore[attr-defined]
-                state = self._zeros(x, axis) if given is None else [s[len(last)] for s in given]
-                steps, state = layer(x, state, self.length, axis)
-                outputs.append(torch.stack(steps, axis))
+                state = [part if hx is None else part[len(last)] for part in given]
+                steps, state = layer(x, state, axis)
+                outputs.append(steps)
                 last.append(state)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
-        return x, (states if len(states) == 2 else states[0])
+        states = tuple(as_given(torch.stack(parts), input, 1) for parts in zip(*last, strict=True))
+        return as_given(x, input, 1 - axis), (states if len(states) == 2 else states[0])
 
-    def _zeros(self, x: Tensor, axis: int) -> list[Tensor]:
-        batch = x.shape[1 - axis]
-        return [x.new_zeros(batch, size) for size in self.state_sizes]
+    def _initial(self, x: Tensor, hx: Any, axis: int) -> list[Tensor]:
+        """The states of all layers, (layers, N, H) each, or zeros for one, (N, H)."""
+        if hx is None:
+            return [x.new_zeros(x.shape[1 - axis], size) for size in self.state_sizes]
+        parts = (hx[0], hx[1]) if len(self.state_sizes) == 2 else (hx,)
+        return [as_batch(part, 3, 1) for part in parts]

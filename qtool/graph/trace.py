@@ -9,55 +9,66 @@ Nothing in the graph writes into its input: operations in place are replaced by 
 """
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from qtool.errors import ModelError
 from qtool.graph import ops
 from qtool.graph.capture import capture, one_line
+from qtool.graph.control import UncapturedPath, decide
 from qtool.graph.decompose import decompose
 from qtool.graph.examples import call, placeholder_values, shape_text
 from qtool.graph.expand import expand_calls
 from qtool.graph.parameters import fold_constants, make_layers
+from qtool.graph.pure import has_effect
 from qtool.graph.unbounded import is_unbounded, mark_unbounded
 
 # How far the traced network may be from the original on the example, relative to the largest output.
 TRACE_TOLERANCE = 1e-4
 
 
-def trace(model: nn.Module, example: Any) -> fx.GraphModule:
+def trace(model: nn.Module, example: Any, check: bool = True) -> fx.GraphModule:
     """Capture a network as a graph of named layers; the given model stays as it was.
 
     Args:
-        model: any network that torch.fx or torch.export can capture; it is taken in evaluation mode.
+        model: any network that capture can take; it is taken in evaluation mode.
         example: one input batch, or a tuple or dict of several inputs, used to learn the shapes and to
             check that the traced network computes the same as the original.
+        check: whether to run the original for that; weights that mean nothing may send it anywhere.
 
     Returns:
         A GraphModule of its own (a copy), whose nodes carry `meta["value"]`, the shape and dtype of
         their result (a meta tensor), `meta["op"]`, what they compute, `meta["unbounded"]`, whether
-        they are masks (see unbounded.py), and for layers `meta["layer"]`, the name.
+        they are masks (see unbounded.py), and for layers `meta["layer"]`, the name. Where values decide
+        what runs, see control.py.
 
     Raises:
         ModelError: if the network cannot be traced, run on the example, or if the trace computes
             something else.
     """
     root = copy.deepcopy(model).eval().requires_grad_(False)
-    expected, lengths = _run_and_measure(root, example)
-    root = decompose(root, lengths)
+    if check:
+        with _refusing_packed(root), _without_fast_path():
+            expected = _run(root, example)
+    root = decompose(root)
     traced = capture(root, example)
-    _make_pure(traced.graph, dict(traced.named_modules()))
-    traced.graph.eliminate_dead_code(_has_effect)
+    traced.graph.eliminate_dead_code(has_effect)
     _simplify(traced, example)
     _note_ops(traced)
     mark_unbounded(traced, placeholder_values(traced, example))
+    _note_deciders(traced.graph)
     _name_layers(traced)
-    _check_same(expected, _run(traced, example))
+    if check:
+        # An example without a branch for it says nothing against the others.
+        with suppress(UncapturedPath):
+            _check_same(expected, _run(traced, example))
     return traced
 
 
@@ -87,31 +98,45 @@ def copy_graph(traced: fx.GraphModule) -> fx.GraphModule:
     return copied.eval()
 
 
-def _run_and_measure(model: nn.Module, example: Any) -> tuple[Any, dict[str, int]]:
-    """The network's output, and the number of steps of the sequences that its recurrent modules took."""
-    lengths: dict[str, set[int]] = {}
+@contextmanager
+def _refusing_packed(model: nn.Module) -> Iterator[None]:
+    """Inside, a recurrent module that is given a packed sequence says why that cannot be quantized."""
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
 
-            def note(m: Any, args: Any, kwargs: Any, name: str = name) -> None:
-                x = args[0] if args else kwargs["input"]
-                is_batch = isinstance(x, Tensor) and x.dim() == 3
-                lengths.setdefault(name, set()).add(x.shape[1 if m.batch_first else 0] if is_batch else 0)
+            def refuse(_module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+                    raise ModelError(
+                        f"module {name!r} takes a packed sequence, whose steps have batches of different "
+                        "sizes; give it the padded tensor, and read the output at each sequence's last step"
+                    )
 
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
     try:
-        output = _run(model, example)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return output, {name: found.pop() for name, found in lengths.items() if len(found) == 1}
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Inside, torch computes attention step by step: its fused kernel gives zeros where a key is padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _run(model: nn.Module, example: Any) -> Any:
     try:
         with torch.no_grad():
             return call(model, example)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"the network cannot take an input of shape {shape_text(example)}: "
@@ -119,61 +144,12 @@ def _run(model: nn.Module, example: Any) -> Any:
         ) from error
 
 
-def _has_effect(node: fx.Node) -> bool:
-    if node.op == "call_function" and ops.function_name(node.target) == "setitem":
-        return True
-    if node.op == "call_method" and str(node.target).endswith("_"):
-        return True
-    return bool(node.is_impure())
-
-
-def _make_pure(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Replace operations in place: later readers of the overwritten tensor read the result."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not _take_out_of_place(node, modules) or not isinstance(node.args[0], fx.Node):
-            continue
-        overwritten = node.args[0]
-        for user in list(overwritten.users):
-            if order[user] > order[node]:
-                user.replace_input_with(overwritten, node)
-
-
-def _take_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Turn one node to its pure form; whether it had been in place."""
-    if node.op == "call_module":
-        # The flag itself is switched off when the layers get modules of their own.
-        return getattr(modules[str(node.target)], "inplace", False) is True
-    if node.op not in ("call_function", "call_method"):
-        return False
-    pure = ops.out_of_place(node.target)
-    if pure is not None and (node.op == "call_method" or callable(pure)):
-        node.target = pure
-        return True
-    return node.op == "call_function" and _clear_inplace_argument(node)
-
-
-def _clear_inplace_argument(node: fx.Node) -> bool:
-    """Set an argument `inplace` of a function to False; whether it had been True."""
-    if node.kwargs.get("inplace") is True:
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    position = names.index("inplace") if "inplace" in names else len(node.args)
-    if position < len(node.args) and node.args[position] is True:
-        node.update_arg(position, False)
-        return True
-    return False
-
-
 class _ValueRecorder(fx.Interpreter):
     """Runs the graph once and notes what every node gives, without keeping the numbers."""
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        # Branches that the example does not take have values too.
+        result = n.target is decide or super().run_node(n)
         n.meta["value"] = fx.node.map_aggregate(
             result, lambda v: v.to("meta") if isinstance(v, Tensor) else v
         )
@@ -200,6 +176,13 @@ def _note_ops(traced: fx.GraphModule) -> None:
     modules = dict(traced.named_modules())
     for node in traced.graph.nodes:
         node.meta["op"] = ops.node_op(node, modules)
+
+
+def _note_deciders(graph: fx.Graph) -> None:
+    """Mark what is computed only to decide which branch is taken."""
+    for node in reversed(graph.nodes):
+        decides = bool(node.users) and all(u.target is decide or u.meta["decides"] for u in node.users)
+        node.meta["decides"] = decides
 
 
 def _is_layer(node: fx.Node) -> bool:
@@ -276,9 +259,11 @@ def _check_same(expected: Any, found: Any) -> None:
 
 
 def float_tensors(value: Any) -> list[Tensor]:
-    """All tensors of floats in a nest of tuples, lists and dicts, in order."""
+    """All tensors of floats in a nest of tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, (tuple, list)):
         return [t for item in value for t in float_tensors(item)]
     if isinstance(value, dict):
         return [t for item in value.values() for t in float_tensors(item)]
+    if is_dataclass(value):
+        return [t for field in fields(value) for t in float_tensors(getattr(value, field.name))]
     return [value] if ops.is_float_tensor(value) else []

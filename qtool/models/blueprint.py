@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtool.errors import ModelError
 from qtool.models.archs import PreprocessingHint
+from qtool.numerics.logits import logits_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def check_runs(model: nn.Module, arch: str, input_shape: tuple[int, ...]) -> Non
         input_shape: (C, H, W) of one image.
 
     Raises:
-        ModelError: if it refuses input_shape, or returns something other than one tensor (N, classes).
+        ModelError: if it refuses input_shape, or gives no logits (N, classes), see numerics.logits.
     """
     shape = (1, *input_shape)
     try:
@@ -58,11 +59,10 @@ def check_runs(model: nn.Module, arch: str, input_shape: tuple[int, ...]) -> Non
         raise ModelError(
             f"{arch}: does not run on an input of shape {shape} ({one_line(error)}); correct --input-shape"
         ) from error
-    if not isinstance(y, Tensor) or y.ndim != 2:
-        found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise ModelError(
-            f"{arch}: returned {found} for one image; it should return class scores, (N, classes)"
-        )
+    try:
+        logits_of(y)
+    except ValueError as error:
+        raise ModelError(f"{arch}: for one image it {error}") from error
 
 
 def one_line(error: BaseException, max_chars: int = 200) -> str:

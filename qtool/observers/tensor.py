@@ -125,9 +125,14 @@ class TensorObserver:
     def _note_channels(self, found: Extremes) -> None:
         if self._channel_min is None or self._channel_max is None:
             self._channel_min, self._channel_max = found.channel_min.clone(), found.channel_max.clone()
-        else:
-            torch.minimum(self._channel_min, found.channel_min, out=self._channel_min)
-            torch.maximum(self._channel_max, found.channel_max, out=self._channel_max)
+            return
+        low, high = found.channel_min, found.channel_max
+        if len(low) != len(self._channel_min):  # sequences of several lengths: these are no channels
+            low, high = low.min().reshape(1), high.max().reshape(1)
+            self._channel_min = self._channel_min.min().reshape(1)
+            self._channel_max = self._channel_max.max().reshape(1)
+        torch.minimum(self._channel_min, low, out=self._channel_min)
+        torch.maximum(self._channel_max, high, out=self._channel_max)
 
     def sums(self) -> TensorSums | None:
         """What has come so far, or None if nothing has."""

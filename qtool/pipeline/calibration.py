@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
+from qtool.graph.control import UncapturedPath
 from qtool.graph.fast import Fast, fast
 from qtool.graph.observe import model_stats, observe
 from qtool.graph.trace import float_tensors
@@ -44,10 +45,17 @@ def chunk_size(image_shape: tuple[int, ...]) -> int:
 
 
 def chunks(batches: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """The same images in the same order, size at a time; the last chunk may be smaller."""
+    """The same images in the same order, size at a time; the last chunk of a shape may be smaller.
+
+    Sequences of another length, and images of another size, begin a new chunk.
+    """
     waiting: list[Tensor] = []
     count = 0
     for batch in batches:
+        if waiting and waiting[0].shape[1:] != batch.shape[1:]:
+            if count:
+                yield torch.cat(waiting)
+            waiting, count = [], 0
         waiting.append(batch)
         count += len(batch)
         if count >= size:
@@ -126,7 +134,9 @@ def fast_or_plain(traced: fx.GraphModule) -> Fast:
             off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
             if not off <= FAST_TOLERANCE and bool(torch.isfinite(a).all()):
                 raise ValueError(f"its output is off by {off:.1e}")
-    except (RuntimeError, ValueError, TypeError) as error:
+    except UncapturedPath:  # noise leads where images do not
+        return Fast(traced, {})
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         LOG.warning("calibrating without the faster form of the network: %s", str(error).splitlines()[0])
         return Fast(traced, {})
     return network

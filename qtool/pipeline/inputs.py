@@ -21,6 +21,7 @@ from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
 from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
+from qtool.pipeline.logits import logits_of, outputs_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.steps import example_input
 from qtool.quantizers.checkpoint import from_checkpoint, is_quantized
@@ -59,13 +60,13 @@ class Subject:
 
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
-        with torch.no_grad():
-            output = self.network(example_input(self.input_shape))
-        if not isinstance(output, torch.Tensor) or output.dim() != 2:
-            raise ModelError(
-                f"{self.arch}: does not give logits of shape (N, classes); qtool evaluates classifiers"
-            )
-        return int(output.shape[1])
+        try:
+            if isinstance(self.network, QuantizedModel):
+                return outputs_of(self.network.network.graph)
+            with torch.no_grad():
+                return logits_of(self.network(example_input(self.input_shape))).shape[1]
+        except ModelError as error:
+            raise ModelError(f"{self.arch}: {error}") from error
 
 
 def announce_default(config: Config, data_needed: bool = True) -> None:
@@ -137,7 +138,7 @@ def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subj
         )
     shape = tuple(info.get("input_shape", ())) or config.model.input_shape
     classes = config.model.num_classes if from_file else info.get("num_outputs")
-    loaded = load_model(arch, num_classes=classes, input_shape=shape)
+    loaded = load_model(arch, num_classes=classes, input_shape=shape, check=False)
     stored_steps = info.get("preprocessing")
     hint = Preprocessing(**_tuples(stored_steps)) if isinstance(stored_steps, dict) else loaded.preprocessing
     preprocessing = _preprocessing(config, loaded, hint)

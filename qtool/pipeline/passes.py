@@ -12,6 +12,7 @@ from tqdm import tqdm
 from qtool.config import Config
 from qtool.data.loader import Batch, Loader
 from qtool.errors import StatsError
+from qtool.graph.control import has_decisions
 from qtool.graph.observe import NonFiniteError
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import steps
@@ -34,7 +35,9 @@ def measure_stats(
     """
     LOG.info("calibrating on %s", images.words)
     (value, *_) = (n.meta["value"] for n in traced.graph.nodes if n.op == "placeholder")
-    size = chunk_size(tuple(value.shape[1:]))
+    # What a network decides, it decides for a batch.
+    decides = has_decisions(traced.graph)
+    size = config.data.batch_size if decides else chunk_size(tuple(value.shape[1:]))
     loader = images.loader(config, size, ranks)
     present: list[Batch] = []
 

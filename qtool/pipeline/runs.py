@@ -36,6 +36,7 @@ from qtool.pipeline.inputs import (
     quantized_network,
     shared_images,
 )
+from qtool.pipeline.logits import outputs_of
 from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.passes import evaluate_images, measure_stats
 from qtool.pipeline.provenance import check_origin
@@ -43,7 +44,7 @@ from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.pipeline.stats_files import STATS_FILE, save_stats
-from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED
+from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED, UNREACHED
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Comparison, Result, compare, confusion_csv, table
 from qtool.run_dir import check_writable, write_text, write_whole
@@ -191,7 +192,7 @@ def _write_model(
     params = layer_quant_params(model.plan, specs)
     write_text(folder / LAYER_PARAMS_FILE, yaml.safe_dump(params, sort_keys=False))
     prefix = f"{config.run.name}_" if config.run.name else ""
-    steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **model_info(subject, _classes(traced)))
+    steps.save(model, folder / f"{prefix}{CHECKPOINT_FILE}", **model_info(subject, outputs_of(traced.graph)))
 
 
 def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
@@ -272,9 +273,13 @@ def _evaluate_both(
 def log_notes(model: QuantizedModel) -> None:
     """Say once, not layer by layer, what did not go as asked."""
     noted = {name: layer for name, layer in model.plan.layers.items() if layer.note}
-    left = [name for name, layer in noted.items() if layer.kind == FLOAT and layer.note != NOT_ASKED]
-    if left:
-        LOG.info("%d layers stay in float, such as %s: %s", len(left), left[0], noted[left[0]].note)
+    left: dict[str, list[str]] = {}
+    for name, layer in noted.items():
+        if layer.kind == FLOAT and layer.note != NOT_ASKED:
+            left.setdefault(layer.note, []).append(name)
+    for note, names in left.items():
+        say = LOG.warning if note == UNREACHED else LOG.info
+        say("%d layers stay in float, such as %s: %s", len(names), names[0], note)
     narrow = [name for name, layer in noted.items() if layer.kind == INTEGER]
     if narrow:
         LOG.warning(
@@ -283,11 +288,6 @@ def log_notes(model: QuantizedModel) -> None:
             narrow[0],
             noted[narrow[0]].note,
         )
-
-
-def _classes(traced: fx.GraphModule) -> int:
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    return int(output.meta["value"].shape[-1])
 
 
 def _record(

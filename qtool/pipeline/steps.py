@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from qtool.config import QuantizeConfig, check, layer_specs
 from qtool.errors import ConfigError, DataError, ModelError
+from qtool.graph.control import has_decisions
 from qtool.graph.fingerprint import check_network, fingerprint
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import trace
@@ -30,6 +31,7 @@ from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.calibration import chunk_size, chunks, measure
+from qtool.pipeline.logits import logits_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
 from qtool.quantizers.prepare import QuantizedModel, quantize_graph
@@ -70,10 +72,12 @@ def calibrate(
     stream = _batches(batches, transform, progress and "calibrating")
     first, _ = next(stream)
     traced = evaluable(_as_traced(model) or trace(model, first[:EXAMPLE_IMAGES]), device)
-    size = chunk_size(tuple(first.shape[1:]))
+    # A network that takes branches by values gets batches as they come: its author wrote what it decides.
+    decides = has_decisions(traced.graph)
+    size = len(first) if decides else chunk_size(tuple(first.shape[1:]))
     images = itertools.chain([first], (images for images, _ in stream))
     group = len(first) if batchwise == "off" else 1
-    numbered = enumerate(chunks(images, size))
+    numbered = enumerate(images if decides else chunks(images, size))
     stats = measure(traced, numbered, size, device=device, batchwise=batchwise, group=group)
     return replace(stats, fingerprint=fingerprint(traced))
 
@@ -148,7 +152,7 @@ def evaluate(
             if not others:
                 raise DataError("evaluation needs labels: give batches of images and labels, or a transform")
             start = time.perf_counter()
-            output = _as_logits(on_device(images.to(device))).cpu()
+            output = logits_of(on_device(images.to(device))).cpu()
             seconds += time.perf_counter() - start
             indices = torch.as_tensor(others[1]) if len(others) > 1 else None
             number = int(others[2]) if len(others) > 2 else count
@@ -257,14 +261,3 @@ def evaluable(model: Network, device: str | torch.device) -> Network:
     if model.training or any(t.device.type != wanted.type for t in tensors):
         model = copy.deepcopy(model).eval().to(wanted)
     return model
-
-
-def _as_logits(output: Any) -> Tensor:
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()))
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(f"the network gives {shape}; a classifier's logits of shape (N, classes) are wanted")
-    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from qtool.errors import ConfigError
 from qtool.graph import ops
 from qtool.graph.fold import Folded, fold_batch_norms, move_stats, restore_layout
+from qtool.graph.neighbours import reads_values
 from qtool.graph.trace import copy_graph, layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
@@ -50,7 +52,8 @@ class QuantizedModel(nn.Module):
         if not self.plan.per_sample:
             return self.network(*args, **kwargs)
         samples = zip(*(a.split(1) for a in args), strict=True)
-        return torch.cat([self.network(*sample, **kwargs) for sample in samples])
+        results = [self.network(*sample, **kwargs) for sample in samples]
+        return _together(results)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Refuse training: integers have no gradients."""
@@ -84,6 +87,22 @@ class QuantizedModel(nn.Module):
             for handle in handles:
                 handle.remove()
         return found
+
+
+def _together(results: list[Any]) -> Any:
+    """The results of single samples as those of a batch, in whatever they are kept."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.cat(results)
+    if isinstance(first, dict):
+        return {key: _together([result[key] for result in results]) for key in first}
+    if isinstance(first, (tuple, list)):
+        parts = [_together(list(part)) for part in zip(*results, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if is_dataclass(first):
+        parts_of = {f.name: _together([getattr(r, f.name) for r in results]) for f in fields(first)}
+        return replace(first, **parts_of)  # type: ignore[type-var]
+    return first
 
 
 def quantize_graph(
@@ -150,7 +169,7 @@ class _Builder:
             self.grids[node] = self.grids.get(sources[0])
             return
         self.grids[node] = None
-        if not _reads_values(node):
+        if not reads_values(node):
             return
         for source in dict.fromkeys(sources):
             self._feed(node, source, None)
@@ -213,15 +232,6 @@ class _Builder:
 
 def _same(a: QParams | None, b: QParams | None) -> bool:
     return a is b or (a is not None and b is not None and a.same_grid(b))
-
-
-def _reads_values(node: fx.Node) -> bool:
-    """Whether a node uses the numbers of its inputs, not only their shape."""
-    if node.op == "output":
-        return True
-    value = node.meta.get("value")
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(v, Tensor) for v in values)
 
 
 def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], node: fx.Node) -> nn.Module:

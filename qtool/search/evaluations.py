@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from qtool.errors import ConfigError, OutputError
 from qtool.graph.fold import fold_batch_norms, move_stats
+from qtool.numerics.logits import logits_of
 from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
@@ -83,7 +84,7 @@ class Trials:
         loss, correct = 0.0, 0
         with torch.no_grad():
             for x, labels in self.batches:
-                logits = model(x)
+                logits = logits_of(model(x))
                 loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
                 correct += int(top_k_correct(logits, labels, 1).sum())
         return Score(loss / self.images, 100 * correct / self.images)

@@ -174,3 +174,21 @@ def test_each_call_of_a_reused_relu_is_taken_over_by_its_own_layer(traced_lambda
         SHAPE, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1), relu=nn.ReLU(),
     )  # fmt: skip
     assert fused_activations(traced, {"a", "b"}) == {"a": ("relu1", "relu"), "b": ("relu2", "relu")}
+
+
+def test_a_comparison_reads_values(traced_lambda):
+    def forward(net, x):
+        y = net.conv(x)
+        return F.relu(y) * (y > -1)
+
+    traced = traced_lambda(forward, (2, 3, 4, 4), conv=nn.Conv2d(3, 3, 1))
+    assert fused_activations(traced, {"conv"}) == {}
+
+
+def test_a_decision_reads_values(traced_lambda):
+    def forward(net, x):
+        y = net.conv(x)
+        return F.relu(y) if y.min() > -1 else F.relu(y) * 2
+
+    traced = traced_lambda(forward, (2, 3, 4, 4), conv=nn.Conv2d(3, 3, 1))
+    assert fused_activations(traced, {"conv"}) == {}

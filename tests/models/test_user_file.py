@@ -86,8 +86,10 @@ def test_num_classes_needs_a_parameter(net_py):
         load_model(f"{net_py}:fixed", num_classes=3)
 
 
-def test_network_returns_one_tensor(net_py):
-    with pytest.raises(ModelError, match="returned a tuple for one image; it should return class scores"):
+def test_a_network_without_logits_is_refused(net_py):
+    with pytest.raises(
+        ModelError, match=r"for one image it gives a tuple of 2, the first a tensor of shape .*\(N, classes\)"
+    ):
         load_model(f"{net_py}:two_tensors", input_shape=(3, 2, 2))
 
 
@@ -121,3 +123,13 @@ def test_missing_file_and_missing_function_name(tmp_path):
 
 def test_names_of_networks_are_not_files():
     assert split_user_file("resnet18") is None
+
+
+def test_logits_may_be_in_a_dict(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        return {'features': x, 'logits': super().forward(x)}\n"
+    )
+    assert load_model(f"{tmp_path / 'net.py'}:Net", input_shape=(1, 2, 2)).input_shape == (1, 2, 2)

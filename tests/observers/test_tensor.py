@@ -180,3 +180,11 @@ def test_empty_chunk_is_refused_with_its_shape():
 
 def test_nothing_has_no_sums():
     assert TensorObserver((1, 2)).sums() is None
+
+
+def test_sequences_of_several_lengths_have_one_range_and_no_channels():
+    short, long = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    found = sums([short, long, short])
+    assert found.channel_min.tolist() == [min(float(short.min()), float(long.min()))]
+    assert found.channel_max.tolist() == [max(float(short.max()), float(long.max()))]
+    assert found.numel == 2 * 4 * (3 + 5 + 3)

@@ -125,7 +125,7 @@ def test_images_without_labels_are_refused():
 
 
 def test_an_output_that_is_no_logits_is_refused():
-    with pytest.raises(ModelError, match=r"gives \(2, 6, 1\); a classifier's logits"):
+    with pytest.raises(ModelError, match=r"gives a tensor of shape \(2, 6, 1\); qtool evaluates classifiers"):
         qtool.evaluate(Gives(), [(torch.zeros(2, 6, 1), torch.zeros(2))])
 
 

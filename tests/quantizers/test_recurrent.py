@@ -60,10 +60,30 @@ def test_digits_lose_at_most_two_points(cls, digits, tmp_path):
     quantized = qtool.quantize(net, qtool.calibrate(net, [x[:256]]), config)
     kinds = weighted(quantized.plan)
     assert set(kinds.values()) == {INTEGER}
-    assert {"rnn.layers.0.0.input", "rnn.layers.0.0.cell.hidden1", "fc"} <= kinds.keys()
+    assert {"rnn.layers.0.0.input", "rnn.layers.0.0.cell.hidden", "fc"} <= kinds.keys()
     float_top1 = qtool.evaluate(net, batches).top1
     assert float_top1 > 80  # it has learned something that could be lost
     assert qtool.evaluate(quantized, batches).top1 > float_top1 - 2
     qtool.save(quantized, tmp_path / "q.pth")
     again = qtool.load(tmp_path / "q.pth", RowReader(cls), x[:2])
     assert torch.equal(again(x[:8]), quantized(x[:8]))
+    assert torch.equal(again(x[:8, :5]), quantized(x[:8, :5]))  # three rows less
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_digits_of_any_height_lose_at_most_two_points_in_both_modes(cls, digits):
+    x, labels = digits
+    net = trained(cls, x[:1000], labels[:1000])
+    static = qtool.QuantizeConfig(mode="asym_u", per_channel_weights=True)
+    dynamic = qtool.QuantizeConfig(mode="asym_u", per_channel_weights=True, dynamic=True)
+    models = [
+        qtool.quantize(net, qtool.calibrate(net, [x[:256], x[:256, 1:]]), static),
+        qtool.quantize(net, None, dynamic, x[:2]),
+    ]
+    for rows in (x[1000:], x[1000:, 1:]):
+        batches = [(rows, labels[1000:])]
+        float_top1 = qtool.evaluate(net, batches).top1
+        assert float_top1 > 70
+        for model in models:
+            assert qtool.evaluate(model, batches).top1 > float_top1 - 2

@@ -13,6 +13,7 @@ from qtool.quantizers.plan.kinds import (
 from qtool.quantizers.plan.planner import OP_ACCUM_BITS, output_ranges, plan_model
 from qtool.quantizers.plan.records import (
     CAST,
+    DECIDES,
     DYNAMIC,
     DYNAMIC_FAKE,
     EMBEDDING,
@@ -21,6 +22,7 @@ from qtool.quantizers.plan.records import (
     IDENTITY,
     INTEGER,
     NOT_ASKED,
+    UNREACHED,
     WEIGHTS_ONLY,
     DynamicSpec,
     LayerPlan,
@@ -29,6 +31,7 @@ from qtool.quantizers.plan.records import (
 
 __all__ = [
     "CAST",
+    "DECIDES",
     "DYNAMIC",
     "DYNAMIC_FAKE",
     "EMBEDDING",
@@ -39,6 +42,7 @@ __all__ = [
     "INTEGER_OPS",
     "NOT_ASKED",
     "OP_ACCUM_BITS",
+    "UNREACHED",
     "WEIGHTED",
     "WEIGHTS_ONLY",
     "DynamicSpec",

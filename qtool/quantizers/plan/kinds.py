@@ -10,6 +10,7 @@ from qtool.graph.unbounded import is_unbounded
 from qtool.numerics.spec import LayerSpec, QuantSpec
 from qtool.quantizers.plan.records import (
     CAST,
+    DECIDES,
     EMBEDDING,
     FAKE,
     FLOAT,
@@ -22,6 +23,7 @@ from qtool.quantizers.plan.records import (
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 MASK = "its values can be infinite, as those of a mask"
 READS_MASK = "it reads values that can be infinite, as those of a mask"
+MATRIX_PRODUCTS = WEIGHTED | {"matmul", "einsum"}
 # Operations that compute on the integers of all their inputs.
 INTEGER_OPS = frozenset({"add", "mul", "cat", "matmul", "einsum"})
 
@@ -62,6 +64,8 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
         return (WEIGHTS_ONLY if spec.output is None else INTEGER), ""
     if spec.output is None:
         return FLOAT, "has no weights"
+    if node.meta.get("decides") and op not in MATRIX_PRODUCTS:
+        return FLOAT, DECIDES
     return (INTEGER if op in INTEGER_OPS and computes_only_tensors(node) else FAKE), ""
 
 

@@ -29,6 +29,7 @@ from qtool.quantizers.plan.records import (
     FLOAT,
     IDENTITY,
     INTEGER,
+    UNREACHED,
     WEIGHTS_ONLY,
     LayerPlan,
     ModelPlan,
@@ -66,8 +67,9 @@ def output_ranges(
     planner = _Planner(traced, stats, specs)
     found = {}
     for name, node, _ in layers(traced):
-        if quantizes_output(node, specs.get(name)) and name not in planner.identities:
-            x_min, x_max = planner.chosen.output_range(name, node, specs[name])
+        spec = planner.specs.get(name)
+        if spec is not None and quantizes_output(node, spec) and name not in planner.identities:
+            x_min, x_max = planner.chosen.output_range(name, node, spec)
             found[name] = (float(x_min), float(x_max))
     return found
 
@@ -77,7 +79,12 @@ class _Planner:
 
     def __init__(self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> None:
         self.traced = traced
-        self.specs = specs
+        self.unreached = {
+            n for n, node, _ in layers(traced) if "guard" in node.meta and n not in stats.layers
+        }
+        needs_stats = {n for n in self.unreached & specs.keys() if specs[n].output is not None}
+        self.specs = {name: spec for name, spec in specs.items() if name not in needs_stats}
+        specs = self.specs
         quantized = {n for n, node, _ in layers(traced) if quantizes_output(node, specs.get(n))}
         self.fused = fused_activations(traced, quantized)
         self.identities = {activation for activation, _ in self.fused.values()}
@@ -115,7 +122,8 @@ class _Planner:
         kind, note = layer_kind(node, spec, name in self.identities)
         op: str = node.meta["op"]
         if spec is None or kind in (FLOAT, IDENTITY):
-            return LayerPlan(kind, op, note=note)
+            unreached = spec is None and name in self.unreached and kind == FLOAT
+            return LayerPlan(kind, op, note=UNREACHED if unreached else note)
         if kind == CAST:
             return LayerPlan(CAST, op, inputs=(None,) * len(tensor_inputs(node)), float_bits=spec.float_bits)
         if kind == EMBEDDING:

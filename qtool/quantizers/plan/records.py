@@ -25,7 +25,10 @@ IDENTITY = "identity"  # a ReLU that the layer in front of it computes
 FLOAT = "float"  # stays as it was
 CAST = "cast"  # runs in a float type of its own
 
-NOT_ASKED = "not asked for"  # the note of a layer that was to stay in float
+# Notes of layers that stay in float.
+NOT_ASKED = "not asked for"
+DECIDES = "only decides which branch is taken"
+UNREACHED = "no calibration image took its branch; calibrate on more images to quantize it"
 
 
 @dataclass(frozen=True)
