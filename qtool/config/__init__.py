@@ -1,9 +1,10 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
+from qtool.config.conversion import check_conversion
 from qtool.config.layers import check, layer_specs
 from qtool.config.load import absolute_arch, dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
-from qtool.config.searches import check_search, with_settings_of_layers
+from qtool.config.searches import check_search, refuse_given, with_settings_of_layers
 from qtool.config.sections import (
     DEVICE_OPTIONS,
     SECTIONS,
@@ -12,6 +13,7 @@ from qtool.config.sections import (
     DataConfig,
     LapqConfig,
     ModelConfig,
+    NativeConfig,
     QuantizeConfig,
     RunConfig,
     SearchConfig,
@@ -25,16 +27,19 @@ __all__ = [
     "DataConfig",
     "LapqConfig",
     "ModelConfig",
+    "NativeConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
     "absolute_arch",
     "check",
+    "check_conversion",
     "check_search",
     "dump_config",
     "dump_quantizers",
     "layer_specs",
     "load_config",
     "options_of",
+    "refuse_given",
     "with_settings_of_layers",
 ]

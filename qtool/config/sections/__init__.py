@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
+from qtool.config.sections.native import NATIVE_BACKENDS, NativeConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
@@ -12,6 +13,7 @@ from qtool.config.sections.searches import LapqConfig, SearchConfig
 __all__ = [
     "DEVICE_OPTIONS",
     "INPUT_SETTINGS",
+    "NATIVE_BACKENDS",
     "OVERRIDABLE",
     "SECTIONS",
     "CalibrationConfig",
@@ -19,6 +21,7 @@ __all__ = [
     "DataConfig",
     "LapqConfig",
     "ModelConfig",
+    "NativeConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
@@ -31,6 +34,7 @@ SECTIONS: dict[str, type] = {
     "quantizers": QuantizeConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
+    "native": NativeConfig,
     "run": RunConfig,
 }
 
@@ -45,4 +49,5 @@ class Config:
     quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    native: NativeConfig = field(default_factory=NativeConfig)
     run: RunConfig = field(default_factory=RunConfig)
