@@ -18,7 +18,6 @@ from qtool.deploy.native.containers import Container, within
 from qtool.deploy.native.portable import OnednnConv
 from qtool.deploy.native.target import engine
 from qtool.deploy.native.weights import PackedWeights
-from qtool.quantizers.modules import exact_ratio
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,21 @@ class Add(nn.Module):
 
 
 class RoundedAdd(nn.Module):
-    """The sum of two tensors, each rounded onto the output's grid, in float."""
+    """The sum of two tensors, each rounded onto the output's grid, in float.
+
+    Args:
+        inputs: containers of the two.
+        ratios: output steps per input step.
+        output: where the sum goes.
+    """
 
     why = "int8 kernels round a sum once, the simulation rounds both inputs; added in float"
 
-    def __init__(self, inputs: tuple[Container, ...], output: Container) -> None:
+    def __init__(self, inputs: tuple[Container, ...], ratios: list[float], output: Container) -> None:
         super().__init__()
         self.output = output
         self.scales = [container.scale for container in inputs]
-        ratios = torch.tensor(self.scales, dtype=torch.float64) / output.scale
-        self.ratios: list[float] = exact_ratio(ratios).tolist()
+        self.ratios = ratios
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         c = self.output

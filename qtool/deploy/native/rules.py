@@ -7,7 +7,7 @@ integers up to rounding at ties; that layer then runs as in the simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -30,11 +30,12 @@ from qtool.deploy.native.kernels import (
 )
 from qtool.deploy.native.target import Target
 from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
-from qtool.quantizers.modules import FakeQuantize, QuantAdd, QuantProduct, QuantWeighted
+from qtool.quantizers.modules import FakeQuantize, QuantAdd, QuantCat, QuantProduct, QuantWeighted
 from qtool.quantizers.plan import LayerPlan
 
 # The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
 ONEDNN_MAX_GROUPS = 100
+EXACT_SCALES = "int8 kernels multiply by the exact ratio of scales; leave out --qe-scale-approx-bits"
 # A ratio p / q with an even q makes a tie of every q-th integer; those up to here are looked for.
 MOST_TIES = 64
 
@@ -131,6 +132,8 @@ def lower_add(site: Site) -> nn.Module:
     assert isinstance(module, QuantAdd)
     if len(site.inputs) != 2:
         raise NotNative(f"a sum of {len(site.inputs)} tensors; int8 kernels add two")
+    if _is_approximated(module.ratios, [x.scale / site.output.scale for x in site.inputs]):
+        return RoundedAdd(site.inputs, module.ratios, site.output)
     for index in (0, 1):
         x, other = site.inputs[index], site.inputs[1 - index]
         if _meets_ties(other.scale / site.output.scale):
@@ -139,7 +142,12 @@ def lower_add(site: Site) -> nn.Module:
         wide = None if on_grid else _rounded(x, other, site.output, module.low, module.high)
         if on_grid or wide is not None:
             return Add(site.output, *((wide, None) if index == 0 else (None, wide)))
-    return RoundedAdd(site.inputs, site.output)
+    return RoundedAdd(site.inputs, module.ratios, site.output)
+
+
+def _is_approximated(ratios: Sequence[float], exact: Sequence[float]) -> bool:
+    """Whether the simulation multiplies by something else than the ratios of scales, as kernels do."""
+    return any(abs(a - b) > 1e-6 * b for a, b in zip(ratios, exact, strict=True))
 
 
 def _meets_ties(ratio: float) -> bool:
@@ -169,6 +177,9 @@ def _steps(x: Container, output: Container) -> tuple[int, int]:
 
 def lower_cat(site: Site) -> nn.Module:
     """A concatenation; each tensor is rounded onto the output's grid."""
+    assert isinstance(site.module, QuantCat)
+    if _is_approximated(site.module.ratios, [x.scale / site.output.scale for x in site.inputs]):
+        raise NotNative(EXACT_SCALES)
     return Cat(site.output)
 
 
@@ -177,8 +188,9 @@ def lower_mul(site: Site) -> nn.Module:
     assert isinstance(site.module, QuantProduct)
     if len(site.inputs) != 2:
         raise NotNative(f"a product of {len(site.inputs)} tensors; int8 kernels multiply two")
-    if site.plan.scale_approx_bits is not None:
-        raise NotNative("int8 kernels multiply with exact scales; leave out --qe-scale-approx-bits")
+    exact = site.inputs[0].scale * site.inputs[1].scale / site.output.scale
+    if _is_approximated(site.module.requantize.ratio.flatten().tolist(), [exact]):
+        raise NotNative(EXACT_SCALES)
     return Mul(site.output)
 
 

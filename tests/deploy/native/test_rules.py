@@ -186,19 +186,23 @@ def test_ties_are_frequent_for_short_fractions(ratio, often):
     assert _meets_ties(ratio) == often
 
 
-def test_a_sum_of_three_and_a_product_of_approximated_scales_are_simulated():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_approximated_ratios_are_those_of_the_simulation(everywhere):
     class Products(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 4, 1)
 
         def forward(self, x):
-            return self.a(x) * self.b(x)
+            a, b = self.a(x), self.b(x)
+            return torch.cat([a * b, a + b], 1)
 
     torch.manual_seed(0)
     net = Products()
-    expected, found, native = converted(net, IMAGES, mode="asym_u", scale_approx_bits=5)
+    settings = {"scale_approx_bits": 5, "scale_approx_everywhere": everywhere}
+    expected, found, native = converted(net, IMAGES, mode="asym_u", **settings)
     assert native.layers["mul"].runs == SIMULATED and "--qe-scale-approx-bits" in native.layers["mul"].why
+    assert native.layers["cat"].runs == (SIMULATED if everywhere else INT8)
     # Convolutions take the approximated ratio itself.
     assert native.layers["a"].runs == native.layers["b"].runs == INT8
     assert_same(expected, found)
