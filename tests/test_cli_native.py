@@ -148,11 +148,11 @@ def test_evaluate_converts_quantized_networks_only(converted, run_cli):
 
 def test_a_gate_and_a_search_refuse_the_section(run_cli):
     Path("gate.yaml").write_text(
-        "runs:\n- name: a\n  native: {convert_pytorch: true}\n  expect: {top1_min: 9}\n"
+        "runs:\n- name: a\n  conversion: {convert_pytorch: true}\n  expect: {top1_min: 9}\n"
     )
     done = run_cli("check", "gate.yaml")
     assert done.exit_code == 1 and "a gate judges the simulation and converts nothing" in done.stderr
-    Path("search.yaml").write_text("native: {convert_pytorch: true}\n")
+    Path("search.yaml").write_text("conversion: {convert_pytorch: true}\n")
     done = run_cli("search-clipping", "-c", "search.yaml")
     assert done.exit_code == 1 and "is of 'qtool quantize', not of this search" in done.stderr
 

@@ -13,8 +13,8 @@ def check_conversion(config: Config) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    if not config.native.convert_pytorch:
-        refuse_given(config, ("native",), "has an effect with --qe-convert-pytorch only; add that")
+    if not config.conversion.convert_pytorch:
+        refuse_given(config, ("conversion",), "has an effect with --qe-convert-pytorch only; add that")
         return
     if config.quantizers.dynamic:
         raise ConfigError(

@@ -171,7 +171,7 @@ def _read_run(
     try:
         check(config.quantizers)
         check_search(config, searches=False)
-        refuse_given(config, ("native",), "a gate judges the simulation and converts nothing")
+        refuse_given(config, ("conversion",), "a gate judges the simulation and converts nothing")
     except ConfigError as error:
         reader.note((), f"{where}: {error}")
     if config.lapq.enabled:

@@ -36,7 +36,7 @@ def open_target(config: Config) -> Target | None:
     Raises:
         ConfigError: if this build of torch lacks the engine.
     """
-    return Target.here(config.native.pytorch_backend) if config.native.convert_pytorch else None
+    return Target.here(config.conversion.pytorch_backend) if config.conversion.convert_pytorch else None
 
 
 def with_reduced_ranges(

@@ -96,7 +96,7 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     configs.check_search(config, searches=False)
     if config.lapq.enabled and ranks.size > 1:
         raise ConfigError("--qe-lapq: the search runs in one process; start it without torchrun")
-    if config.native.convert_pytorch and ranks.size > 1:
+    if config.conversion.convert_pytorch and ranks.size > 1:
         raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
     configs.check_conversion(config)
     target = open_target(config)
@@ -118,7 +118,7 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
         else:
             assert stats is not None
             model, specs, lapq_record = quantize_with_lapq(config, folder, subject, traced, stats, searched)
-        if config.native.reduce_range:
+        if config.conversion.reduce_range:
             assert stats is not None
             model, specs = with_reduced_ranges(traced, stats, model, specs)
         log_notes(model)
@@ -220,7 +220,7 @@ def _write_model(
 
 def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     """Evaluate the float network, or a saved quantized one, or one on int8 kernels."""
-    if config.native.convert_pytorch and ranks.size > 1:
+    if config.conversion.convert_pytorch and ranks.size > 1:
         raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
     configs.check_conversion(config)
     target = open_target(config)
@@ -253,9 +253,9 @@ def _check_convertible(config: Config, subject: Subject) -> None:
         raise ConfigError(
             f"--device: {subject.weights} runs on torch's int8 kernels, which are for the CPU; leave it out"
         )
-    if not config.native.convert_pytorch:
+    if not config.conversion.convert_pytorch:
         return
-    if config.native.reduce_range:
+    if config.conversion.reduce_range:
         raise ConfigError("--qe-reduce-range: the network is quantized already; 'qtool quantize' takes it")
     if subject.form != "quantized":
         raise ConfigError(

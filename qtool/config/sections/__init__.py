@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
-from qtool.config.sections.native import NATIVE_BACKENDS, NativeConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
@@ -18,10 +18,10 @@ __all__ = [
     "SECTIONS",
     "CalibrationConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "LapqConfig",
     "ModelConfig",
-    "NativeConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
@@ -34,7 +34,7 @@ SECTIONS: dict[str, type] = {
     "quantizers": QuantizeConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
-    "native": NativeConfig,
+    "conversion": ConversionConfig,
     "run": RunConfig,
 }
 
@@ -49,5 +49,5 @@ class Config:
     quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    native: NativeConfig = field(default_factory=NativeConfig)
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
     run: RunConfig = field(default_factory=RunConfig)

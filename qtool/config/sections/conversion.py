@@ -1,4 +1,4 @@
-"""What follows quantization: the section `native`."""
+"""What follows quantization: the section `conversion`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NATIVE_BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
 
 
 @dataclass(frozen=True)
-class NativeConfig:
+class ConversionConfig:
     """Conversion to torch's int8 kernels"""
 
     convert_pytorch: bool = option(
