@@ -20,6 +20,8 @@ _HOMES = {
     "quantize": "pipeline.steps",
     "save": "pipeline.steps",
     "compare": "report",
+    "convert": "deploy.native",
+    "parity": "deploy.parity",
     "read_stats": "observers.files",
     "write_stats": "observers.stats_yaml",
     "trace": "graph.trace",

@@ -120,7 +120,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     type=click.Path(path_type=Path),
     help="YAML file with a quantizer in Distiller's form.",
 )
-@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "run")
+@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "run")
 def quantize(
     config_file: Path | None,
     evaluate_: bool,
@@ -168,9 +168,9 @@ def search_clipping(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
-@config_options("model", "data", "run")
+@config_options("model", "data", "conversion", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
-    """Evaluate a float network, or a quantized one that a run has saved.
+    """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.
 
     \b
     Example:

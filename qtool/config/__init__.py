@@ -1,14 +1,16 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
+from qtool.config.conversion import check_conversion
 from qtool.config.layers import check, layer_specs
 from qtool.config.load import absolute_arch, dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
-from qtool.config.searches import check_search, with_settings_of_layers
+from qtool.config.searches import check_search, refuse_given, with_settings_of_layers
 from qtool.config.sections import (
     DEVICE_OPTIONS,
     SECTIONS,
     CalibrationConfig,
     Config,
+    ConversionConfig,
     DataConfig,
     LapqConfig,
     ModelConfig,
@@ -22,6 +24,7 @@ __all__ = [
     "SECTIONS",
     "CalibrationConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "LapqConfig",
     "ModelConfig",
@@ -30,11 +33,13 @@ __all__ = [
     "SearchConfig",
     "absolute_arch",
     "check",
+    "check_conversion",
     "check_search",
     "dump_config",
     "dump_quantizers",
     "layer_specs",
     "load_config",
     "options_of",
+    "refuse_given",
     "with_settings_of_layers",
 ]

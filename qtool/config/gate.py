@@ -15,7 +15,7 @@ from qtool.config.layers import check
 from qtool.config.load import read_sections
 from qtool.config.options import PositiveFloat, option, options_of
 from qtool.config.reader import Reader
-from qtool.config.searches import check_search
+from qtool.config.searches import check_search, refuse_given
 from qtool.config.sections import DEVICE_OPTIONS, SECTIONS, Config
 from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
@@ -171,6 +171,7 @@ def _read_run(
     try:
         check(config.quantizers)
         check_search(config, searches=False)
+        refuse_given(config, ("conversion",), "a gate judges the simulation and converts nothing")
     except ConfigError as error:
         reader.note((), f"{where}: {error}")
     if config.lapq.enabled:

@@ -29,10 +29,10 @@ def check_search(config: Config, searches: bool) -> None:
     lapq = config.lapq
     if not searches and not lapq.enabled:
         _note_clip_to_observed(config.quantizers)
-        _refuse_given(config, ("lapq", "search"), "has an effect with --qe-lapq only; add that")
+        refuse_given(config, ("lapq", "search"), "has an effect with --qe-lapq only; add that")
         return
     if searches:
-        _refuse_given(config, ("lapq",), "is of 'qtool quantize', not of this search")
+        refuse_given(config, ("lapq",), "is of 'qtool quantize', not of this search")
     name = "--qe-lapq" if lapq.enabled else "search-clipping"
     if config.quantizers.dynamic:
         raise ConfigError(f"{name}: searches for static ranges; leave out --qe-dynamic")
@@ -54,7 +54,8 @@ def _note_clip_to_observed(config: QuantizeConfig) -> None:
         LOG.warning("--qe-clip-to-observed: has no effect, as no range is chosen by gauss or laplace")
 
 
-def _refuse_given(config: Config, sections: Sequence[str], reason: str) -> None:
+def refuse_given(config: Config, sections: Sequence[str], reason: str) -> None:
+    """Raise a ConfigError if any option of some sections has another value than its default."""
     for section in sections:
         values = getattr(config, section)
         for name, default, described in options_of(type(values)):

@@ -17,10 +17,11 @@ from qtool.data.image_dataset import ImageDataset
 from qtool.data.kinds import dataset_kind, has_calibration_split
 from qtool.data.loader import Loader, make_loader
 from qtool.data.preprocessing import Preprocessing, choose_preprocessing
+from qtool.deploy.native.files import LoadedNative, from_file, is_native_file
 from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
-from qtool.models import DEFAULT_ARCH, LoadedModel, load_model, read_checkpoint
+from qtool.models import DEFAULT_ARCH, load_model, read_checkpoint
 from qtool.pipeline.logits import logits_of, outputs_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.steps import example_input
@@ -53,6 +54,12 @@ class Subject:
     input_shape: tuple[int, ...]
     preprocessing: Preprocessing
     checkpoint_sha256: str | None
+
+    @property
+    def form(self) -> str:
+        """What it is: "float", "quantized", or "native" on int8 kernels."""
+        forms = {QuantizedModel: "quantized", LoadedNative: "native"}
+        return forms.get(type(self.network), "float")
 
     def traced(self) -> fx.GraphModule:
         """The graph of a float network."""
@@ -102,6 +109,8 @@ def load_subject(config: Config) -> Subject:
     """The network that a config names, as open_subject does it, but without a warning."""
     asked = config.model
     content = None
+    if asked.checkpoint is not None and is_native_file(asked.checkpoint):
+        return _open_native(config, asked.checkpoint)
     if asked.checkpoint is not None and not asked.pretrained:
         content = read_checkpoint(asked.checkpoint)
     if content is not None and is_quantized(content):
@@ -120,9 +129,22 @@ def load_subject(config: Config) -> Subject:
         input_shape=asked.input_shape,
         seed=config.run.seed,
     )
-    preprocessing = _preprocessing(config, loaded)
+    preprocessing = _preprocessing(config, loaded.arch, loaded.input_shape, loaded.preprocessing)
     shape = _image_shape(loaded.input_shape, preprocessing)
     return Subject(loaded.model, loaded.arch, loaded.weights, shape, preprocessing, loaded.checkpoint_sha256)
+
+
+def _open_native(config: Config, path: Path) -> Subject:
+    network = from_file(path)
+    info = network.info.get("model", {})
+    arch, shape, stored_steps = (info.get(key) for key in ("arch", "input_shape", "preprocessing"))
+    if not isinstance(arch, str) or not isinstance(shape, list) or not isinstance(stored_steps, dict):
+        raise ModelError(f"{path}: does not say which images it takes; convert the network again")
+    if config.model.arch not in (None, arch):
+        raise ConfigError(f"--arch: {path} is a converted {arch}, not {config.model.arch}; leave it out")
+    preprocessing = _preprocessing(config, arch, tuple(shape), Preprocessing(**_tuples(stored_steps)))
+    image_shape = _image_shape(tuple(shape), preprocessing)
+    return Subject(network, arch, f"converted network {path.name}", image_shape, preprocessing, None)
 
 
 def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subject:
@@ -141,7 +163,7 @@ def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subj
     loaded = load_model(arch, num_classes=classes, input_shape=shape, check=False)
     stored_steps = info.get("preprocessing")
     hint = Preprocessing(**_tuples(stored_steps)) if isinstance(stored_steps, dict) else loaded.preprocessing
-    preprocessing = _preprocessing(config, loaded, hint)
+    preprocessing = _preprocessing(config, loaded.arch, loaded.input_shape, hint)
     input_shape = _image_shape(loaded.input_shape, preprocessing)
     try:
         network = from_checkpoint(content, loaded.model, example_input(input_shape))
@@ -166,18 +188,18 @@ def model_info(subject: Subject, num_outputs: int) -> dict[str, Any]:
     }
 
 
-def _preprocessing(config: Config, loaded: LoadedModel, hint: Any = None) -> Preprocessing:
+def _preprocessing(config: Config, arch: str, input_shape: tuple[int, ...], hint: Any) -> Preprocessing:
     data = config.data
     chosen = choose_preprocessing(
         dataset_kind(data.path, data.dataset) if data.path or data.dataset else "digits",
-        hint or loaded.preprocessing,
+        hint,
         resize=data.resize,
         crop=data.crop,
         mean=data.mean,
         std=data.std,
-        arch=loaded.arch,
+        arch=arch,
     )
-    return chosen.for_channels(loaded.input_shape[0])
+    return chosen.for_channels(input_shape[0])
 
 
 def _image_shape(shape: tuple[int, ...], preprocessing: Preprocessing) -> tuple[int, ...]:

@@ -16,12 +16,21 @@ from torch import fx
 
 import qtool.config as configs
 from qtool.config import Config
+from qtool.deploy.native import NativeModel
 from qtool.errors import ConfigError
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.files import read_stats
 from qtool.observers.stats import ModelStats
 from qtool.observers.stats_yaml import write_stats
 from qtool.pipeline import steps
+from qtool.pipeline.conversion import (
+    conversion_record,
+    conversion_text,
+    convert_network,
+    open_target,
+    with_reduced_ranges,
+    write_native,
+)
 from qtool.pipeline.coverage import coverage
 from qtool.pipeline.describe import layer_quant_params, layer_table
 from qtool.pipeline.inputs import (
@@ -88,11 +97,16 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     configs.check_search(config, searches=False)
     if config.lapq.enabled and ranks.size > 1:
         raise ConfigError("--qe-lapq: the search runs in one process; start it without torchrun")
+    if config.conversion.convert_pytorch and ranks.size > 1:
+        raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
+    configs.check_conversion(config)
+    target = open_target(config)
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     refuse_quantized(subject, "quantize")
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
+    specs: Mapping[str, LayerSpec]
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
     note_idle_settings(traced, config.quantizers)
     ranges = find_ranges(config, subject, traced, evaluation)
@@ -105,16 +119,26 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
         else:
             assert stats is not None
             model, specs, lapq_record = quantize_with_lapq(config, folder, subject, traced, stats, searched)
+        if config.conversion.reduce_range:
+            assert stats is not None
+            model, specs = with_reduced_ranges(traced, stats, model, specs)
         log_notes(model)
+        native = None if target is None else convert_network(model, target)
         _write_model(config, folder, subject, traced, model, specs)
-        results, comparison = _evaluate_both(config, subject, model, evaluation, ranks)
+        if native is not None:
+            write_native(config, folder, subject, native, _classes(traced))
+        results, comparison = _evaluate_both(config, subject, model, evaluation, ranks, native)
         record = _record(config, subject, evaluation, results, comparison)
         record["calibration"] = calibration_record
         if searched is not None:
             record["lapq"] = lapq_record
+        if native is not None:
+            against = compare(results["quantized"], results["native"])
+            record["conversion"] = conversion_record(native, against)
         _finish(config, folder, record, evaluation, results, ranks)
-    text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}\n{folder}"
-    return Outcome(text, folder, record)
+    text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}"
+    text += "" if native is None else f"\n{conversion_text(native, against)}"
+    return Outcome(f"{text}\n{folder}", folder, record)
 
 
 @dataclass(frozen=True)
@@ -196,18 +220,49 @@ def _write_model(
 
 
 def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
-    """Evaluate the float network, or a saved quantized one."""
+    """Evaluate the float network, or a saved quantized one, or one on int8 kernels."""
+    if config.conversion.convert_pytorch and ranks.size > 1:
+        raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
+    configs.check_conversion(config)
+    target = open_target(config)
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
+    _check_convertible(config, subject)
     evaluation = open_evaluation(config, subject)
-    name = "float" if quantized_network(subject) is None else "quantized"
+    model = quantized_network(subject)
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
+        native = None if target is None or model is None else convert_network(model, target)
+        if native is not None:
+            write_native(config, folder, subject, native, subject.num_outputs())
+        name = subject.form
         results = {name: evaluate_images(config, subject.network, evaluation, f"evaluating {name}", ranks)}
+        if native is not None:
+            results["native"] = evaluate_images(config, native, evaluation, "evaluating native", ranks)
         record = _record(config, subject, evaluation, results, None)
+        text = f"{subject.arch}, {evaluation.words}\n{table(results)}"
+        if native is not None:
+            against = compare(results["quantized"], results["native"])
+            record["conversion"] = conversion_record(native, against)
+            text += f"\n{conversion_text(native, against)}"
         _finish(config, folder, record, evaluation, results, ranks)
-    text = f"{subject.arch}, {evaluation.words}\n{table(results)}\n{folder}"
-    return Outcome(text, folder, record)
+    return Outcome(f"{text}\n{folder}", folder, record)
+
+
+def _check_convertible(config: Config, subject: Subject) -> None:
+    if subject.form == "native" and config.run.chosen_device != "cpu":
+        raise ConfigError(
+            f"--device: {subject.weights} runs on torch's int8 kernels, which are for the CPU; leave it out"
+        )
+    if not config.conversion.convert_pytorch:
+        return
+    if config.conversion.reduce_range:
+        raise ConfigError("--qe-reduce-range: the network is quantized already; 'qtool quantize' takes it")
+    if subject.form != "quantized":
+        raise ConfigError(
+            f"--qe-convert-pytorch: {subject.weights} is {subject.form}; 'qtool evaluate' converts a "
+            "quantized model that a run has saved, 'qtool quantize' quantizes first"
+        )
 
 
 def list_layers(config: Config) -> str:
@@ -252,7 +307,7 @@ def _check_outputs(config: Config) -> None:
 
 def refuse_quantized(subject: Subject, command: str) -> None:
     """Raise a ConfigError if the network is quantized already."""
-    if quantized_network(subject) is not None:
+    if subject.form != "float":
         raise ConfigError(
             f"--checkpoint: {subject.weights} is quantized already; 'qtool evaluate' evaluates it, "
             f"'qtool {command}' needs a float network"
@@ -260,12 +315,19 @@ def refuse_quantized(subject: Subject, command: str) -> None:
 
 
 def _evaluate_both(
-    config: Config, subject: Subject, model: QuantizedModel, evaluation: Images, ranks: Ranks
+    config: Config,
+    subject: Subject,
+    model: QuantizedModel,
+    evaluation: Images,
+    ranks: Ranks,
+    native: NativeModel | None = None,
 ) -> tuple[dict[str, Result], Comparison | None]:
     results = {}
     if not config.run.skip_float:
         results["float"] = evaluate_images(config, subject.network, evaluation, "evaluating float", ranks)
     results["quantized"] = evaluate_images(config, model, evaluation, "evaluating quantized", ranks)
+    if native is not None:
+        results["native"] = evaluate_images(config, native, evaluation, "evaluating native", ranks)
     comparison = compare(results["float"], results["quantized"]) if "float" in results else None
     return results, comparison
 

@@ -123,6 +123,10 @@ def clamp_accumulator(accumulator: Tensor, num_bits: int) -> Tensor:
     return accumulator.clamp_(-(2.0 ** (num_bits - 1)), 2.0 ** (num_bits - 1) - 1)
 
 
+# What a convolution is, apart from its weights.
+GEOMETRY = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode")
+
+
 class QuantWeighted(nn.Module):
     """A convolution, transposed convolution or linear layer on integers.
 
@@ -149,6 +153,7 @@ class QuantWeighted(nn.Module):
     ) -> None:
         super().__init__()
         self.compute = weighted_function(layer)
+        self.geometry = {key: getattr(layer, key) for key in GEOMETRY if hasattr(layer, key)}
         self.accum_bits = accum_bits
         self.register_buffer("weight", weight.to(accum_dtype), persistent=False)
         if bias is not None:

@@ -74,14 +74,18 @@ def accumulator_bits(grid: QParams, weight: QParams, weight_q: Tensor, bias_q: T
         weight_q: its integers, output channels first.
         bias_q: (C,), or None.
     """
-    zero_point = along_axis(weight.zero_point, weight.spec.axis, weight_q.dim())
-    magnitudes = (weight_q.double() - zero_point).abs().flatten(1).sum(dim=1)  # (C,)
     z = float(grid.zero_point)
     largest_input = max(abs(grid.spec.quant_min - z), abs(grid.spec.quant_max - z))
-    sums = magnitudes * largest_input
+    sums = channel_magnitudes(weight, weight_q) * largest_input
     if bias_q is not None:
         sums = sums + bias_q.double().abs()
     return math.ceil(math.log2(float(sums.max()) + 1)) + 1
+
+
+def channel_magnitudes(weight: QParams, weight_q: Tensor) -> Tensor:
+    """The sum of the magnitudes of each output channel's centered integers, (C,), float64."""
+    zero_point = along_axis(weight.zero_point, weight.spec.axis, weight_q.dim())
+    return (weight_q.double() - zero_point).abs().flatten(1).sum(dim=1)
 
 
 def fake_quantize_bias(bias: Tensor, accum_bits: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
@@ -12,10 +13,12 @@ from qtool.config.sections.searches import LapqConfig, SearchConfig
 __all__ = [
     "DEVICE_OPTIONS",
     "INPUT_SETTINGS",
+    "NATIVE_BACKENDS",
     "OVERRIDABLE",
     "SECTIONS",
     "CalibrationConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "LapqConfig",
     "ModelConfig",
@@ -31,6 +34,7 @@ SECTIONS: dict[str, type] = {
     "quantizers": QuantizeConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
+    "conversion": ConversionConfig,
     "run": RunConfig,
 }
 
@@ -45,4 +49,5 @@ class Config:
     quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
     run: RunConfig = field(default_factory=RunConfig)

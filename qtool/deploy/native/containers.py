@@ -1,0 +1,132 @@
+"""How a grid lies in torch's unsigned 8-bit tensors, and the ways in and out.
+
+    container = centered + zero_point         0 <= container <= high <= 255
+
+The smallest integer that a layer can give lies at 0, so the kernel's own clamp is exact at that end
+and computes a fused ReLU for nothing. What the other end lacks to 255 (grids below 8 bits, symmetric
+ones behind a ReLU) is clamped after the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.numerics.spec import QParams
+from qtool.quantizers.modules import output_limits
+from qtool.quantizers.plan import FAKE, LayerPlan
+
+LARGEST = 255
+
+
+@dataclass(frozen=True)
+class Container:
+    """The part of an unsigned 8-bit tensor that a grid takes up.
+
+    Args:
+        scale: units of x per integer step.
+        zero_point: the container's integer that stands for 0.0.
+        high: the largest integer in use; the smallest is 0.
+    """
+
+    scale: float
+    zero_point: int
+    high: int
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and largest value, units of x."""
+        return -self.zero_point * self.scale, (self.high - self.zero_point) * self.scale
+
+
+def container_for(qparams: QParams, activation: str | None = None) -> Container | None:
+    """Where a grid's integers lie, those that an activation cuts off left out; None if they need over 8 bits.
+
+    Example:
+        >>> from qtool.numerics.spec import QuantSpec
+        >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
+        >>> container_for(QParams(one, zero, QuantSpec(num_bits=4)))
+        Container(scale=1.0, zero_point=8, high=15)
+        >>> container_for(QParams(one, zero, QuantSpec()), "relu")
+        Container(scale=1.0, zero_point=0, high=127)
+    """
+    if qparams.scale.dim() > 0:
+        return None
+    low, high = (int(limit) for limit in output_limits(qparams, activation))
+    if high - low > LARGEST:
+        return None
+    return Container(float(qparams.scale), -low, high - low)
+
+
+def clamp_of(plan: LayerPlan) -> str | None:
+    """The activation that a layer's output has been through: a fused one, or the layer itself."""
+    clamps = {plan.activation, plan.op if plan.kind == FAKE else None}
+    return next((name for name in ("relu6", "relu") if name in clamps), None)
+
+
+def within(x: Tensor, container: Container) -> Tensor:
+    """Cut a quantized tensor off at the container's largest integer; the kernel has done so at 0 and 255."""
+    return x if container.high == LARGEST else torch.clamp(x, *container.limits)
+
+
+class Pack(nn.Module):
+    """Centered integers in float32 to a quantized tensor."""
+
+    def __init__(self, container: Container) -> None:
+        super().__init__()
+        self.container = container
+
+    def forward(self, x: Tensor) -> Tensor:
+        return make_quantized((x + self.container.zero_point).to(torch.uint8), self.container)
+
+
+class Unpack(nn.Module):
+    """A quantized tensor to centered integers in float32."""
+
+    def __init__(self, container: Container) -> None:
+        super().__init__()
+        self.zero_point = float(container.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.int_repr().float().sub_(self.zero_point)
+
+
+class ToGrid(nn.Module):
+    """Float values to a quantized tensor.
+
+    torch.quantize_per_tensor multiplies by 1 / scale, which is another number close to ties; the
+    simulation divides by the scale, and so does this.
+    """
+
+    def __init__(self, container: Container) -> None:
+        super().__init__()
+        self.container = container
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.container
+        integers = torch.quantize_per_tensor(x / c.scale, 1.0, c.zero_point, torch.quint8).int_repr()
+        if c.high != LARGEST:
+            integers = integers.clamp_(max=c.high)
+        return make_quantized(integers, c)
+
+
+def make_quantized(integers: Tensor, container: Container) -> Tensor:
+    """A quantized tensor of integers, uint8."""
+    make: Any = torch._make_per_tensor_quantized_tensor
+    return make(integers, container.scale, container.zero_point)  # type: ignore[no-any-return]
+
+
+class FloatThenGrid(nn.Module):
+    """A float operation whose output goes into a quantized tensor."""
+
+    def __init__(self, operation: nn.Module, container: Container) -> None:
+        super().__init__()
+        self.operation = operation
+        self.to_grid = ToGrid(container)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.to_grid(self.operation(*args, **kwargs))
+        return result

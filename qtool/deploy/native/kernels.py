@@ -1,0 +1,198 @@
+"""Modules that compute on torch's quantized tensors. They take and give unsigned 8-bit ones.
+
+torch's kernels round once, ties to even, and clamp to 0..255; the rest of the container's clamp
+follows (see containers.py). An argument `inplace`, which functions such as F.relu have, is False in a
+traced network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.deploy.native.containers import Container, within
+from qtool.deploy.native.portable import OnednnConv
+from qtool.deploy.native.target import engine
+from qtool.deploy.native.weights import PackedWeights
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input; each a list of one entry per dimension."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Conv(nn.Module):
+    """A convolution of 1 to 3 dimensions; a ReLU is computed by its clamp.
+
+    Args:
+        weights, geometry: of the layer.
+        output: where its result goes.
+        backend: the engine whose kernel it runs on.
+    """
+
+    def __init__(self, weights: PackedWeights, geometry: Geometry, output: Container, backend: str) -> None:
+        super().__init__()
+        self.weights, self.geometry, self.output = weights, geometry, output
+        self.dims = len(geometry.stride)
+        prepack = getattr(torch.ops.quantized, f"conv{self.dims}d_prepack")
+        g = geometry
+        with engine(backend):
+            self.packed = prepack(weights.tensor(), weights.bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = getattr(torch.ops.quantized, f"conv{self.dims}d")
+        return within(conv(x, self.packed, self.output.scale, self.output.zero_point), self.output)
+
+
+class PinnedConv(Conv):
+    """A convolution whose result is right on one engine only, whichever is asked for.
+
+    Packed weights in a file are packed again, when it is loaded, by the engine of that moment.
+    """
+
+    def __init__(
+        self, weights: PackedWeights, geometry: Geometry, source: Container, output: Container
+    ) -> None:
+        super().__init__(weights, geometry, output, "onednn")
+        self.source = source
+
+    def portable(self) -> nn.Module:
+        """The same layer in a form that says which kernel it needs."""
+        return OnednnConv(self.weights, self.geometry, self.source, self.output)
+
+
+class Linear(nn.Module):
+    """A linear layer; a ReLU is computed by its clamp."""
+
+    def __init__(self, weights: PackedWeights, output: Container, backend: str) -> None:
+        super().__init__()
+        self.weights, self.output = weights, output
+        with engine(backend):
+            self.packed = torch.ops.quantized.linear_prepack(weights.tensor(), weights.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.quantized.linear(x, self.packed, self.output.scale, self.output.zero_point)
+        return within(y, self.output)
+
+
+class Rescale(nn.Module):
+    """A tensor on another grid, rounded once."""
+
+    def __init__(self, output: Container) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        # A concatenation of one: torch has no operation of its own for this.
+        return within(torch.ops.quantized.cat([x], 1, self.output.scale, self.output.zero_point), self.output)
+
+
+class Add(nn.Module):
+    """The sum of two tensors.
+
+    Args:
+        output: where the sum goes.
+        first, second: the output's grid for an input that is to be rounded onto it before it is added.
+    """
+
+    def __init__(self, output: Container, first: Container | None, second: Container | None) -> None:
+        super().__init__()
+        self.output = output
+        self.first = nn.Identity() if first is None else Rescale(first)
+        self.second = nn.Identity() if second is None else Rescale(second)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        c = self.output
+        return within(torch.ops.quantized.add(self.first(a), self.second(b), c.scale, c.zero_point), c)
+
+
+class RoundedAdd(nn.Module):
+    """The sum of two tensors, each rounded onto the output's grid, in float.
+
+    Args:
+        inputs: containers of the two.
+        ratios: output steps per input step.
+        output: where the sum goes.
+    """
+
+    why = "int8 kernels round a sum once, the simulation rounds both inputs; added in float"
+
+    def __init__(self, inputs: tuple[Container, ...], ratios: list[float], output: Container) -> None:
+        super().__init__()
+        self.output = output
+        self.scales = [container.scale for container in inputs]
+        self.ratios = ratios
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        c = self.output
+        total = self._rounded(a, 0).add_(self._rounded(b, 1))
+        return within(torch.quantize_per_tensor(total.mul_(c.scale), c.scale, c.zero_point, torch.quint8), c)
+
+    def _rounded(self, x: Tensor, index: int) -> Tensor:
+        """In steps of the output; by way of exact integers, so that ties stay ties."""
+        centered = x.dequantize().mul_(1 / self.scales[index]).round_()
+        return centered.mul_(self.ratios[index]).round_()
+
+
+class Mul(nn.Module):
+    """The product of two tensors, element by element."""
+
+    def __init__(self, output: Container) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        c = self.output
+        return within(torch.ops.quantized.mul(a, b, c.scale, c.zero_point), c)
+
+
+class Cat(nn.Module):
+    """The concatenation of tensors."""
+
+    def __init__(self, output: Container) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        c = self.output
+        return within(torch.ops.quantized.cat(list(tensors), dim, c.scale, c.zero_point), c)
+
+
+class Pointwise(nn.Module):
+    """An operation that torch computes in float and rounds once, such as hard-swish.
+
+    Args:
+        name: of the operation in torch.ops.quantized.
+        output: where its result goes.
+        arguments: between the input and the output's scale.
+    """
+
+    def __init__(self, name: str, output: Container, arguments: tuple[Any, ...] = ()) -> None:
+        super().__init__()
+        self.name, self.output, self.arguments = name, output, arguments
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        function = getattr(torch.ops.quantized, self.name)
+        return within(function(x, *self.arguments, self.output.scale, self.output.zero_point), self.output)
+
+
+class Selecting(nn.Module):
+    """An operation that picks some of its input's values, such as a maximum, and rounds none."""
+
+    def __init__(self, operation: nn.Module, rescale: nn.Module) -> None:
+        super().__init__()
+        self.operation = operation
+        self.rescale = rescale
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.rescale(self.operation(*args, **kwargs))
+        return result

@@ -1,0 +1,258 @@
+"""What each operation becomes on torch's quantized kernels: a table from operation to rule.
+
+A rule gives the module that takes the place of the simulation's, called with the same arguments on
+quantized tensors. It raises NotNative, with the reason, where no kernel gives the simulation's
+integers up to rounding at ties; that layer then runs as in the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from torch import fx, nn
+
+from qtool.deploy.native.containers import LARGEST, Container
+from qtool.deploy.native.kernels import (
+    Add,
+    Cat,
+    Conv,
+    Geometry,
+    Linear,
+    Mul,
+    PinnedConv,
+    Pointwise,
+    Rescale,
+    RoundedAdd,
+    Selecting,
+)
+from qtool.deploy.native.target import Target
+from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
+from qtool.quantizers.modules import FakeQuantize, QuantAdd, QuantCat, QuantProduct, QuantWeighted
+from qtool.quantizers.plan import LayerPlan
+
+# The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
+ONEDNN_MAX_GROUPS = 100
+EXACT_SCALES = "int8 kernels multiply by the exact ratio of scales; leave out --qe-scale-approx-bits"
+# A ratio p / q with an even q makes a tie of every q-th integer; those up to here are looked for.
+MOST_TIES = 64
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to be converted.
+
+    Args:
+        node: of the simulated network.
+        module: that computes it there.
+        plan: of the layer.
+        inputs: containers of its tensor inputs, in order.
+        output: container of its result.
+        target: where it is to run.
+    """
+
+    node: fx.Node
+    module: nn.Module
+    plan: LayerPlan
+    inputs: tuple[Container, ...]
+    output: Container
+    target: Target
+
+
+Rule = Callable[[Site], nn.Module]
+
+
+def lower_weighted(site: Site) -> nn.Module:
+    """A convolution or linear layer, from its stored integers."""
+    module, plan = site.module, site.plan
+    assert isinstance(module, QuantWeighted) and plan.weight is not None and plan.weight_q is not None
+    weights = packed_weights(plan, module.requantize.ratio, site.inputs[0], site.output)
+    if site.target.backend == "onednn" and bool((weights.zero_points != 0).any()):
+        raise NotNative("onednn takes symmetric weights only; --qe-mode-wts sym, or --qe-pytorch-backend x86")
+    count, total = weights.saturating, len(weights.integers)
+    if count and site.target.saturates:
+        raise NotNative(
+            f"sums of {count} of {total} channels could saturate on this processor; --qe-reduce-range"
+        )
+    if plan.op == "linear":
+        return Linear(weights, site.output, site.target.backend)
+    geometry = geometry_of(module)
+    if not count or not _on_fbgemms_depthwise_kernel(weights, geometry, site.target):
+        return Conv(weights, geometry, site.output, site.target.backend)
+    if bool((weights.zero_points != 0).any()):
+        raise NotNative(
+            f"sums of {count} of {total} channels could saturate in fbgemm's depthwise kernel; "
+            "--qe-mode-wts sym, or --qe-reduce-range"
+        )
+    return PinnedConv(weights, geometry, site.inputs[0], site.output)
+
+
+def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, target: Target) -> bool:
+    """Whether a convolution could run on a kernel that saturates on processors with VNNI too.
+
+    The engine x86 hands those of many groups to fbgemm, and all with asymmetric weights; and it is what
+    a file made for onednn is loaded on unless one says otherwise.
+    """
+    depthwise = geometry.groups > 1 and weights.integers.shape[1] == 1 and weights.integers.dim() > 3
+    symmetric = bool((weights.zero_points == 0).all())
+    few = geometry.groups <= ONEDNN_MAX_GROUPS and symmetric and target.backend != "fbgemm"
+    return depthwise and not few and target.backend != "qnnpack"
+
+
+def geometry_of(module: QuantWeighted) -> Geometry:
+    """A convolution's geometry as torch's quantized kernels take it.
+
+    Raises:
+        NotNative: if they cannot.
+    """
+    g, kernel = module.geometry, module.weight.shape[2:]
+    if g["padding_mode"] != "zeros":
+        raise NotNative(f"int8 kernels pad with zeros, not by {g['padding_mode']!r}")
+    padding = g["padding"]
+    if padding == "valid":
+        padding = [0] * len(kernel)
+    elif padding == "same":
+        totals = [d * (k - 1) for d, k in zip(g["dilation"], kernel, strict=True)]
+        if any(total % 2 for total in totals):
+            raise NotNative("int8 kernels pad both sides alike, and 'same' needs one more on one side")
+        padding = [total // 2 for total in totals]
+    return Geometry(list(g["stride"]), list(padding), list(g["dilation"]), g["groups"])
+
+
+def lower_add(site: Site) -> nn.Module:
+    """A sum of two tensors, each rounded onto the output's grid before they are added.
+
+    torch's kernel rounds the sum once. That is the same as soon as one of the two is on the output's
+    grid, so one that 8 bits of that grid can hold is put there first. Ties are the exception: those of a
+    sum go another way than those of the other input, which matters where they are frequent.
+    """
+    module = site.module
+    assert isinstance(module, QuantAdd)
+    if len(site.inputs) != 2:
+        raise NotNative(f"a sum of {len(site.inputs)} tensors; int8 kernels add two")
+    if _is_approximated(module.ratios, [x.scale / site.output.scale for x in site.inputs]):
+        return RoundedAdd(site.inputs, module.ratios, site.output)
+    for index in (0, 1):
+        x, other = site.inputs[index], site.inputs[1 - index]
+        if _meets_ties(other.scale / site.output.scale):
+            continue
+        on_grid = x.scale == site.output.scale
+        wide = None if on_grid else _rounded(x, other, site.output, module.low, module.high)
+        if on_grid or wide is not None:
+            return Add(site.output, *((wide, None) if index == 0 else (None, wide)))
+    return RoundedAdd(site.inputs, module.ratios, site.output)
+
+
+def _is_approximated(ratios: Sequence[float], exact: Sequence[float]) -> bool:
+    """Whether the simulation multiplies by something else than the ratios of scales, as kernels do."""
+    return any(abs(a - b) > 1e-6 * b for a, b in zip(ratios, exact, strict=True))
+
+
+def _meets_ties(ratio: float) -> bool:
+    """Whether many integers times a ratio lie half-way between two, as half of them do for 1/2."""
+    nearest = Fraction(ratio).limit_denominator(MOST_TIES)
+    return nearest.denominator % 2 == 0 and abs(ratio - nearest) < 1e-6 * ratio
+
+
+def _rounded(a: Container, b: Container, output: Container, low: float, high: float) -> Container | None:
+    """The output's grid, wide enough for what matters of a in a + b; None if 8 bits do not hold that.
+
+    What a is beyond the point where every b leads out of the output's range does not matter.
+    """
+    a_low, a_high = _steps(a, output)
+    b_low, b_high = _steps(b, output)
+    smallest, largest = max(a_low, int(low) - b_high), min(a_high, int(high) - b_low)
+    if largest - smallest > LARGEST:
+        return None
+    return Container(output.scale, -smallest, LARGEST)
+
+
+def _steps(x: Container, output: Container) -> tuple[int, int]:
+    """The smallest and largest value of x, in steps of the output."""
+    low, high = x.limits
+    return round(low / output.scale), round(high / output.scale)
+
+
+def lower_cat(site: Site) -> nn.Module:
+    """A concatenation; each tensor is rounded onto the output's grid."""
+    assert isinstance(site.module, QuantCat)
+    if _is_approximated(site.module.ratios, [x.scale / site.output.scale for x in site.inputs]):
+        raise NotNative(EXACT_SCALES)
+    return Cat(site.output)
+
+
+def lower_mul(site: Site) -> nn.Module:
+    """A product of two tensors."""
+    assert isinstance(site.module, QuantProduct)
+    if len(site.inputs) != 2:
+        raise NotNative(f"a product of {len(site.inputs)} tensors; int8 kernels multiply two")
+    exact = site.inputs[0].scale * site.inputs[1].scale / site.output.scale
+    if _is_approximated(site.module.requantize.ratio.flatten().tolist(), [exact]):
+        raise NotNative(EXACT_SCALES)
+    return Mul(site.output)
+
+
+def lower_clamp(site: Site) -> nn.Module:
+    """A ReLU or ReLU6 of its own: the output's container leaves out what it cuts off."""
+    return Rescale(site.output)
+
+
+def lower_selecting(site: Site) -> nn.Module:
+    """An operation that gives some of its input's values."""
+    operation = _operation(site)
+    (source,) = site.inputs
+    # The container of the input may be larger: it is cut off where the output's ends.
+    rescale = nn.Identity() if source == site.output else Rescale(site.output)
+    return Selecting(operation, rescale)
+
+
+def lower_hardswish(site: Site) -> nn.Module:
+    """Hard-swish, on torch's fused kernel."""
+    return Pointwise("hardswish", site.output)
+
+
+def lower_sigmoid(site: Site) -> nn.Module:
+    """The sigmoid, on torch's fused kernel."""
+    return Pointwise("sigmoid", site.output)
+
+
+def lower_leaky_relu(site: Site) -> nn.Module:
+    """Leaky ReLU with the slope of its module."""
+    operation: Any = _operation(site)
+    if not isinstance(operation, nn.LeakyReLU):
+        raise NotNative("leaky_relu as a function; nn.LeakyReLU is converted")
+    return Pointwise("leaky_relu", site.output, (operation.negative_slope, False))
+
+
+def lower_mean(site: Site) -> nn.Module:
+    """Never: torch's kernels give a mean on the grid of their input, so another grid means rounding twice."""
+    raise NotNative("int8 kernels keep the grid of their input; computed in float and rounded once")
+
+
+def _operation(site: Site) -> nn.Module:
+    assert isinstance(site.module, FakeQuantize)
+    return site.module.operation
+
+
+# Layers that compute on integers, by what they compute.
+INTEGER_RULES: dict[str, Rule] = {
+    "conv": lower_weighted,
+    "linear": lower_weighted,
+    "add": lower_add,
+    "cat": lower_cat,
+    "mul": lower_mul,
+}
+# Layers that compute in float from one tensor on a grid, and put their output on one.
+FLOAT_RULES: dict[str, Rule] = {
+    "relu": lower_clamp,
+    "relu6": lower_clamp,
+    "max_pool2d": lower_selecting,
+    "hardswish": lower_hardswish,
+    "sigmoid": lower_sigmoid,
+    "leaky_relu": lower_leaky_relu,
+    "avg_pool2d": lower_mean,
+    "adaptive_avg_pool2d": lower_mean,
+    "mean": lower_mean,
+}

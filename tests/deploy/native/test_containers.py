@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from qtool.deploy.native.containers import Pack, ToGrid, Unpack, container_for
+from qtool.numerics.affine import qparams_from_range, quantize_centered
+from qtool.numerics.spec import MODES, QuantSpec
+
+
+def grid(mode, bits, low=-2.3, high=4.1):
+    return qparams_from_range(torch.tensor(low), torch.tensor(high), QuantSpec.from_mode(mode, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_float_values_are_quantized_as_in_the_simulation(mode, bits):
+    qparams = grid(mode, bits)
+    container = container_for(qparams)
+    # Ties, and values beyond the range.
+    x = torch.cat([torch.arange(-300, 300) * 0.5 * qparams.scale, torch.linspace(-9, 9, 999)])
+    integers = ToGrid(container)(x)
+    assert torch.equal(Unpack(container)(integers), quantize_centered(x, qparams))
+    assert int(integers.int_repr().min()) >= 0 and int(integers.int_repr().max()) <= container.high
+    assert integers.q_scale() == float(qparams.scale)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_centered_integers_survive_a_round_trip(mode):
+    qparams = grid(mode, 8)
+    container = container_for(qparams)
+    x = quantize_centered(torch.linspace(-5, 5, 321), qparams)
+    assert torch.equal(Unpack(container)(Pack(container)(x)), x)
+    assert torch.equal(Pack(container)(x).dequantize(), x * qparams.scale)
+
+
+def test_grids_above_8_bits_have_no_container():
+    assert container_for(grid("asym_u", 9)) is None
+    assert container_for(grid("sym", 16)) is None
+
+
+def test_what_an_activation_cuts_off_needs_no_room():
+    # Nine bits of which a ReLU leaves eight.
+    container = container_for(grid("sym", 9), "relu")
+    assert (container.zero_point, container.high) == (0, 255)
+    capped = container_for(grid("asym_u", 8, 0.0, 11.0), "relu6")
+    assert capped.high == 139 and capped.limits == (0.0, pytest.approx(6.0, abs=0.03))
