@@ -126,7 +126,7 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
         native = None if target is None else convert_network(model, target)
         _write_model(config, folder, subject, traced, model, specs)
         if native is not None:
-            write_native(config, folder, subject, native, _classes(traced))
+            write_native(config, folder, subject, native, subject.num_outputs())
         results, comparison = _evaluate_both(config, subject, model, evaluation, ranks, native)
         record = _record(config, subject, evaluation, results, comparison)
         record["calibration"] = calibration_record
