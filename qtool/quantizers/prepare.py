@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from qtool.quantizers.modules import (
     Requantize,
 )
 from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_dynamic, plan_model
+from qtool.quantizers.plan.derived import grids_read
 from qtool.quantizers.weights import weight_centered, weight_values
 
 
@@ -180,12 +181,10 @@ class _Builder:
 
     def _replace(self, name: str, node: fx.Node, module: nn.Module, plan: LayerPlan) -> None:
         sources = tensor_inputs(node)
-        grids = [self.grids[s] for s in sources]
+        read = grids_read(node, plan, self.grids)
         if plan.kind == plans.INTEGER:
-            read = [fresh or grid for fresh, grid in zip(plan.inputs, grids, strict=True)]
             for source, grid in zip(sources, read, strict=True):
                 self._feed(node, source, grid)
-            self._set(name, build_integer(module, plan, [g for g in read if g is not None], node))
         else:
             for index, source in enumerate(sources):
                 fresh = plan.inputs[index] if plan.inputs else None
@@ -194,7 +193,7 @@ class _Builder:
                     node.replace_input_with(source, source_q)
                     source = source_q
                 self._feed(node, source, None)
-            self._set(name, _BUILDERS[plan.kind](module, plan))
+        self.network.set_submodule(name, build_layer(module, plan, read, node))
         self.grids[node] = plan.output
 
     def _feed(self, node: fx.Node, source: fx.Node, grid: QParams | None) -> None:
@@ -226,16 +225,28 @@ class _Builder:
             name += "_"
         return name
 
-    def _set(self, name: str, module: nn.Module) -> None:
-        self.network.set_submodule(name, module)
-
 
 def _same(a: QParams | None, b: QParams | None) -> bool:
     return a is b or (a is not None and b is not None and a.same_grid(b))
 
 
-def build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], node: fx.Node) -> nn.Module:
-    """The module of an integer layer, for inputs on the given grids."""
+def build_layer(
+    module: nn.Module, plan: LayerPlan, inputs: Sequence[QParams | None], node: fx.Node
+) -> nn.Module:
+    """The module of a layer of a static plan.
+
+    Args:
+        module: the float layer.
+        plan: what becomes of it.
+        inputs: the grid on which it reads each tensor input.
+        node: the layer, for the number of dimensions of what it gives.
+    """
+    if plan.kind == plans.INTEGER:
+        return _build_integer(module, plan, [grid for grid in inputs if grid is not None], node)
+    return _BUILDERS[plan.kind](module, plan)
+
+
+def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], node: fx.Node) -> nn.Module:
     assert plan.output is not None and plan.accum_scale is not None
     if plan.op == "add":
         return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits)

@@ -18,7 +18,18 @@ from qtool.numerics.spec import LayerSpec, QParams, QuantSpec
 def quantize_weight(
     name: str, module: nn.Module, grid: QuantSpec, asked: LayerSpec
 ) -> tuple[QParams, Tensor]:
-    """The grid and the integers of a layer's weight, output channels first.
+    """The grid and the integers of a layer's weight, output channels first; arguments as for weight_grid."""
+    qparams = weight_grid(name, module, grid, asked)
+    return qparams, weight_integers(module, qparams)
+
+
+def weight_integers(module: nn.Module, qparams: QParams) -> Tensor:
+    """The integers of a layer's weight on a grid, output channels first, in the smallest dtype."""
+    return quantize(output_channels_first(module), qparams).to(integer_dtype(qparams.spec))
+
+
+def weight_grid(name: str, module: nn.Module, grid: QuantSpec, asked: LayerSpec) -> QParams:
+    """The grid of a layer's weight.
 
     Args:
         name: of the layer, for messages.
@@ -46,10 +57,9 @@ def quantize_weight(
     else:
         raise ConfigError(f"layer {name!r}: one range was given for its per-channel weights")
     try:
-        qparams = qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
+        return qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
     except ValueError as error:  # numbers at the end of float32's range
         raise ConfigError(f"layer {name!r}: its weight has no grid: {error}; check the checkpoint") from error
-    return qparams, quantize(weight, qparams).to(integer_dtype(grid))
 
 
 def integer_dtype(spec: QuantSpec) -> torch.dtype:

@@ -10,7 +10,7 @@ from qtool.quantizers.plan.kinds import (
     layer_kind,
     quantizes_output,
 )
-from qtool.quantizers.plan.planner import OP_ACCUM_BITS, output_ranges, plan_model
+from qtool.quantizers.plan.planner import OP_ACCUM_BITS, chosen_grids, output_ranges, plan_model
 from qtool.quantizers.plan.records import (
     CAST,
     DECIDES,
@@ -51,6 +51,7 @@ __all__ = [
     "asked_of_inputs",
     "asked_of_output",
     "beyond_float32",
+    "chosen_grids",
     "computes_only_tensors",
     "find_never_negative",
     "layer_kind",

@@ -5,21 +5,18 @@ Nothing is computed on activations here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, fx, nn
 
-from qtool.graph import ops
 from qtool.graph.fold import output_channels_first
 from qtool.graph.neighbours import edit_stats, fused_activations
 from qtool.graph.trace import layers, tensor_inputs
-from qtool.numerics.affine import approximate_multiplier
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
-from qtool.quantizers.modules import exact_ratio
 from qtool.quantizers.plan.asked import asked_of_inputs, find_never_negative
+from qtool.quantizers.plan.derived import grid_of_value, product_scale, with_accumulator
 from qtool.quantizers.plan.grids import Grids
 from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind, quantizes_output
 from qtool.quantizers.plan.records import (
@@ -35,10 +32,9 @@ from qtool.quantizers.plan.records import (
     ModelPlan,
 )
 from qtool.quantizers.weights import (
-    accumulator_bits,
     fake_quantize_bias,
-    quantize_bias,
     quantize_weight,
+    weight_grid,
 )
 
 # Accumulators of operations other than convolutions and linear layers are never narrower.
@@ -74,6 +70,30 @@ def output_ranges(
     return found
 
 
+def chosen_grids(
+    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec], names: Collection[str]
+) -> tuple[dict[str, QParams], dict[str, QParams]]:
+    """The grids that plan_model gives the weights, and the outputs, of some layers, by layer.
+
+    Args:
+        traced, stats, specs: as for plan_model.
+        names: of the layers; embeddings are left out.
+    """
+    planner = _Planner(traced, stats, specs)
+    weights, outputs = {}, {}
+    for name, node, module in layers(traced):
+        if name not in names or name not in specs:
+            continue
+        spec = specs[name]
+        kind, _ = layer_kind(node, spec, name in planner.identities)
+        if kind in (INTEGER, WEIGHTS_ONLY) and node.meta["op"] in WEIGHTED:
+            assert spec.weight is not None
+            weights[name] = weight_grid(name, module, spec.weight, spec)
+        if kind in (INTEGER, FAKE):
+            outputs[name] = planner.chosen.of_output(name, node, spec)
+    return weights, outputs
+
+
 class _Planner:
     """Walks the layers in the order of execution; grids holds the grid of every value so far."""
 
@@ -100,22 +120,14 @@ class _Planner:
         modules = {name: module for name, _, module in layers(self.traced)}
         for node in self.traced.graph.nodes:
             name = node.meta.get("layer")
-            if name is None:
-                self.grids[node] = self._kept_grid(node)
-                continue
-            plan = self._plan(name, node, modules[name])
-            self.plans[name] = plan
-            self.grids[node] = self._kept_grid(node) if plan.kind == IDENTITY else _grid_of_result(plan)
+            plan = None if name is None else self._plan(name, node, modules[name])
+            if plan is not None:
+                self.plans[name] = plan
+            self.grids[node] = grid_of_value(node, plan, self.grids)
         return ModelPlan(self.plans, self.stats)
 
     def _is_left_out(self, name: str, node: fx.Node) -> bool:
         return layer_kind(node, self.specs.get(name), fused_away=False)[0] == IDENTITY
-
-    def _kept_grid(self, node: fx.Node) -> QParams | None:
-        """The grid of a value that was not computed: only the likes of dropout hand it on."""
-        if node.meta["op"] in ops.KEEPS_GRID or node.meta.get("layer") in self.identities:
-            return self.grids[tensor_inputs(node)[0]]
-        return None
 
     def _plan(self, name: str, node: fx.Node, module: nn.Module) -> LayerPlan:
         spec = self.specs.get(name)
@@ -142,13 +154,7 @@ class _Planner:
         grid = fresh[0] or self.grids[tensor_inputs(node)[0]]
         assert grid is not None
         weight, weight_q = self._weight(name, module, spec)
-        steps_per_unit = 1 / (grid.scale.double() * weight.scale.double())
-        if spec.scale_approx_bits is not None:
-            steps_per_unit = approximate_multiplier(exact_ratio(steps_per_unit), spec.scale_approx_bits)
-        bias = getattr(module, "bias", None)
-        bias_q = None if bias is None else quantize_bias(bias, steps_per_unit, spec.accum_bits)
-        needed = accumulator_bits(grid, weight, weight_q, bias_q)
-        return LayerPlan(
+        plan = LayerPlan(
             INTEGER,
             node.meta["op"],
             inputs=fresh,
@@ -157,13 +163,11 @@ class _Planner:
             weight=weight,
             weight_q=weight_q,
             float_weight=output_channels_first(module).clone() if spec.keep_float_weight else None,
-            bias_q=bias_q,
-            note=f"its sums can need {needed} bits" if needed > spec.accum_bits else "",
-            accum_scale=1 / steps_per_unit,
             accum_bits=spec.accum_bits,
             accum_float64=spec.accum_float64 or beyond_float32(grid.spec, weight.spec),
             scale_approx_bits=spec.scale_approx_bits,
         )
+        return with_accumulator(plan, grid, getattr(module, "bias", None))
 
     def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
@@ -195,19 +199,13 @@ class _Planner:
     def _plan_integer_op(self, name: str, node: fx.Node, spec: LayerSpec) -> LayerPlan:
         fresh = self._fresh_inputs(name, node, spec)
         grids = [f or self.grids[s] for f, s in zip(fresh, tensor_inputs(node), strict=True)]
-        accum_scale = torch.tensor(1.0, dtype=torch.float64)
-        for grid in grids:
-            assert grid is not None
-            accum_scale = accum_scale * grid.scale.double()
-        if spec.everywhere_bits is not None:
-            accum_scale = 1 / approximate_multiplier(exact_ratio(1 / accum_scale), spec.everywhere_bits)
         return LayerPlan(
             INTEGER,
             node.meta["op"],
             inputs=fresh,
             output=self.chosen.of_output(name, node, spec),
             activation=self._activation(name),
-            accum_scale=accum_scale,
+            accum_scale=product_scale(grids, spec.everywhere_bits),
             accum_bits=max(OP_ACCUM_BITS, spec.accum_bits),
             scale_approx_bits=spec.scale_approx_bits,
             everywhere_bits=spec.everywhere_bits,
@@ -248,7 +246,3 @@ class _Planner:
             None if one is None else self.chosen.of_input(name, index, one, spec)
             for index, one in enumerate(asked)
         )
-
-
-def _grid_of_result(plan: LayerPlan) -> QParams | None:
-    return plan.output if plan.kind in (INTEGER, FAKE, EMBEDDING) else None

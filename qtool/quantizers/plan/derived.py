@@ -1,0 +1,91 @@
+"""What of a plan follows from the grids of other layers: the flow of grids, and accumulators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from qtool.graph import ops
+from qtool.graph.trace import tensor_inputs
+from qtool.numerics.affine import approximate_multiplier
+from qtool.numerics.spec import QParams
+from qtool.quantizers.modules import exact_ratio
+from qtool.quantizers.plan.records import EMBEDDING, FAKE, IDENTITY, INTEGER, LayerPlan
+from qtool.quantizers.weights import accumulator_bits, quantize_bias
+
+NodeGrids = Mapping[fx.Node, QParams | None]
+
+
+def grid_of_value(node: fx.Node, plan: LayerPlan | None, before: NodeGrids) -> QParams | None:
+    """The grid of what a node gives, None for float.
+
+    Args:
+        node: of the folded network.
+        plan: of the layer that it is, None if it is none.
+        before: the grids of what it reads.
+    """
+    if plan is None or plan.kind == IDENTITY:
+        # A value that was not computed: only the likes of dropout hand its grid on.
+        sources = tensor_inputs(node)
+        hands_on = plan is not None or node.meta["op"] in ops.KEEPS_GRID
+        return before[sources[0]] if hands_on and sources else None
+    return plan.output if plan.kind in (INTEGER, FAKE, EMBEDDING) else None
+
+
+def value_grids(traced: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> dict[fx.Node, QParams | None]:
+    """The grid of every value of a planned network, None for float."""
+    grids: dict[fx.Node, QParams | None] = {}
+    for node in traced.graph.nodes:
+        name = node.meta.get("layer")
+        grids[node] = grid_of_value(node, None if name is None else plans[name], grids)
+    return grids
+
+
+def grids_read(node: fx.Node, plan: LayerPlan, grids: NodeGrids) -> list[QParams | None]:
+    """The grid on which a layer reads each of its tensor inputs, None for float."""
+    fresh = plan.inputs or (None,) * len(tensor_inputs(node))
+    return [own or grids[source] for own, source in zip(fresh, tensor_inputs(node), strict=True)]
+
+
+def with_accumulator(plan: LayerPlan, grid: QParams, bias: Tensor | None) -> LayerPlan:
+    """The plan of a layer with an integer weight, for an input on a grid.
+
+    Args:
+        plan: its weight, weight_q, accum_bits and scale_approx_bits are used.
+        grid: of the input.
+        bias: (C,), float, or None.
+
+    Returns:
+        The plan with bias_q, accum_scale and note.
+    """
+    assert plan.weight is not None and plan.weight_q is not None
+    steps_per_unit = 1 / (grid.scale.double() * plan.weight.scale.double())
+    if plan.scale_approx_bits is not None:
+        steps_per_unit = approximate_multiplier(exact_ratio(steps_per_unit), plan.scale_approx_bits)
+    bias_q = None if bias is None else quantize_bias(bias, steps_per_unit, plan.accum_bits)
+    needed = accumulator_bits(grid, plan.weight, plan.weight_q, bias_q)
+    return replace(
+        plan,
+        bias_q=bias_q,
+        accum_scale=1 / steps_per_unit,
+        note=f"its sums can need {needed} bits" if needed > plan.accum_bits else "",
+    )
+
+
+def product_scale(grids: Sequence[QParams | None], approx_bits: int | None) -> Tensor:
+    """Units of a product of values on grids, per step of its accumulator; (), float64.
+
+    Args:
+        grids: of the values.
+        approx_bits: of the multiplier that replaces the scale, None leaves it exact.
+    """
+    scale = torch.tensor(1.0, dtype=torch.float64)
+    for grid in grids:
+        assert grid is not None
+        scale = scale * grid.scale.double()
+    if approx_bits is not None:
+        scale = 1 / approximate_multiplier(exact_ratio(1 / scale), approx_bits)
+    return scale
