@@ -22,7 +22,8 @@ from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import journal_of, load_batches, open_search, search_inputs
 from qtool.run_dir import write_text
 from qtool.search.clipping import MODES, Choice, candidates, layers_to_decide, search_clipping
-from qtool.search.evaluations import Journal, Score, Trials
+from qtool.search.journal import Journal
+from qtool.search.trials import Score, Trials
 
 LOG = logging.getLogger("qtool")
 

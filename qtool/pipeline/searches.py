@@ -38,7 +38,8 @@ from qtool.pipeline import steps
 from qtool.pipeline.inputs import Images, Subject, open_calibration, shared_images, weights_sha256
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.run_dir import write_text
-from qtool.search.evaluations import Journal, Trials, open_journal
+from qtool.search.journal import Journal, open_journal
+from qtool.search.trials import Trials
 
 LOG = logging.getLogger("qtool")
 

@@ -11,7 +11,7 @@ from qtool.graph.neighbours import fused_activations
 from qtool.graph.trace import layers
 from qtool.numerics.spec import ACIQ_MAX_BITS, LayerSpec
 from qtool.quantizers.plan import quantizes_output
-from qtool.search.evaluations import Score
+from qtool.search.trials import Score
 
 Specs = Mapping[str, LayerSpec]
 MODES = ("none", "avg", "gauss", "laplace")

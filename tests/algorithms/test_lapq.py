@@ -24,7 +24,7 @@ from qtool.errors import ConfigError
 from qtool.graph.trace import trace
 from qtool.numerics.spec import LayerSpec, QuantSpec
 from qtool.pipeline.steps import specs_for
-from qtool.search.evaluations import Trials
+from qtool.search.trials import Trials
 
 
 def tensor(grid: QuantSpec, numbers: int = 1, values: torch.Tensor | None = None) -> SearchedTensor:

@@ -8,7 +8,7 @@ from qtool.graph.fold import fold_batch_norms
 from qtool.graph.trace import trace
 from qtool.pipeline.search_clipping import specs_by_mode
 from qtool.search.clipping import MODES, candidates, layers_to_decide, search_clipping
-from qtool.search.evaluations import Score
+from qtool.search.trials import Score
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What searches share: one network's losses under many specs, and a journal of what was computed.
+"""The journal of a search: what was computed, so that a search that was ended can go on.
 
 A search is deterministic, given the numbers that it computes. The journal keeps these numbers, exact,
 in the order in which they were found; a search that was killed starts again from its beginning,
@@ -7,87 +7,13 @@ reads them in place of computing them, and so comes back to where it was.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from typing import IO, Any
 
 from qtool.errors import ConfigError, OutputError
-from qtool.graph.fold import fold_batch_norms, move_stats
-from qtool.numerics.logits import logits_of
-from qtool.numerics.metrics import top_k_correct
-from qtool.numerics.spec import LayerSpec
-from qtool.observers.stats import ModelStats
-from qtool.quantizers.plan import plan_model
-from qtool.quantizers.prepare import QuantizedModel, build
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a network does: mean cross-entropy, and top-1 in percent."""
-
-    loss: float
-    top1: float
-
-
-class Trials:
-    """Quantizes one network in many ways, and scores each on the same images.
-
-    Args:
-        traced: the float network.
-        stats: of the same network.
-        batches: images and labels, which stay in memory.
-        device: where the network runs.
-    """
-
-    def __init__(
-        self,
-        traced: fx.GraphModule,
-        stats: ModelStats,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.folded = fold_batch_norms(traced)
-        self.stats = move_stats(stats, self.folded.pairs)
-        self.batches = [(images.to(device), labels.to(device)) for images, labels in batches]
-        self.device = torch.device(device)
-
-    @property
-    def images(self) -> int:
-        """How many there are."""
-        return sum(len(labels) for _, labels in self.batches)
-
-    def float_network(self) -> fx.GraphModule:
-        """The network itself, batch norms folded, where the images are."""
-        return self._on_device(self.folded.traced)
-
-    def _on_device(self, network: Network) -> Network:
-        # Layers are shared between networks; a copy keeps the others where they are.
-        return network if self.device.type == "cpu" else copy.deepcopy(network).to(self.device)
-
-    def quantize(self, specs: Mapping[str, LayerSpec]) -> QuantizedModel:
-        """The network quantized as specs say."""
-        return build(self.folded, plan_model(self.folded.traced, self.stats, specs))
-
-    def score(self, specs: Mapping[str, LayerSpec]) -> Score:
-        """How well the network does when it is quantized as specs say."""
-        model = self._on_device(self.quantize(specs))
-        loss, correct = 0.0, 0
-        with torch.no_grad():
-            for x, labels in self.batches:
-                logits = logits_of(model(x))
-                loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-                correct += int(top_k_correct(logits, labels, 1).sum())
-        return Score(loss / self.images, 100 * correct / self.images)
 
 
 class Journal:

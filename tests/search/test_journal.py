@@ -1,18 +1,12 @@
-"""The journal of a search, and the score of a trial."""
+"""The journal of a search."""
 
 import json
 import math
 
 import pytest
-import torch
-from torch.nn import functional as F
 
-import qtool
-from qtool.config import QuantizeConfig
 from qtool.errors import ConfigError
-from qtool.graph.trace import trace
-from qtool.pipeline.steps import specs_for
-from qtool.search.evaluations import Trials, open_journal, read_journal
+from qtool.search.journal import open_journal, read_journal
 
 
 def test_numbers_are_kept_exactly(tmp_path):
@@ -62,19 +56,6 @@ def test_another_file_is_refused(tmp_path, text):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no search to resume"):
         read_journal(tmp_path / "none", {})
-
-
-def test_a_score_is_that_of_the_quantized_network(tiny_net, tiny_batches):
-    stats = qtool.calibrate(tiny_net, tiny_batches)
-    labels = [torch.tensor([0, 1, 2, 3])] * 3
-    traced = trace(tiny_net, tiny_batches[0])
-    config = QuantizeConfig(bits_weights=4)
-    found = Trials(traced, stats, list(zip(tiny_batches, labels, strict=True))).score(
-        specs_for(traced, config)
-    )
-    logits = qtool.quantize(tiny_net, stats, config)(torch.cat(tiny_batches)).double()
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits, torch.cat(labels))), rel=1e-12)
-    assert found.top1 == 100 * float((logits.argmax(1) == torch.cat(labels)).double().mean())
 
 
 def test_a_journal_is_lines_of_json(tmp_path):
