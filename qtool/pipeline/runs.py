@@ -109,7 +109,7 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     specs: Mapping[str, LayerSpec]
     specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
     note_idle_settings(traced, config.quantizers)
-    ranges = find_ranges(config, subject, traced, evaluation)
+    ranges = find_ranges(config, subject, traced, evaluation, searches=config.lapq.enabled)
     searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
@@ -156,14 +156,21 @@ class Ranges:
     record: dict[str, Any]
 
 
-def find_ranges(config: Config, subject: Subject, traced: fx.GraphModule, evaluation: Images) -> Ranges:
-    """Open the one source of ranges that was asked for; several at once are refused."""
+def find_ranges(
+    config: Config, subject: Subject, traced: fx.GraphModule, evaluation: Images, searches: bool = False
+) -> Ranges:
+    """Open the one source of ranges that was asked for; several at once are refused.
+
+    Args:
+        config, subject, traced, evaluation: of the run.
+        searches: whether calibration images beside statistics have a use: a search evaluates on them.
+    """
     asked = config.calibration
     stats_file = config.quantizers.stats_file
     if config.quantizers.dynamic or stats_file is not None:
         source = "--qe-dynamic" if config.quantizers.dynamic else "--qe-stats-file"
         wanted = (asked.fraction, asked.calib_samples, asked.calib_data, asked.calib_split)
-        if any(value is not None for value in wanted):
+        if any(value is not None for value in wanted) and not searches:
             raise ConfigError(
                 f"{source}: calibration images were given too; leave out {source}, "
                 "or the options of calibration"

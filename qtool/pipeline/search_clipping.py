@@ -41,7 +41,7 @@ def run(config: Config) -> runs.Outcome:
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = specs_by_mode(config.quantizers, traced)
-    ranges = runs.find_ranges(config, subject, traced, evaluation)
+    ranges = runs.find_ranges(config, subject, traced, evaluation, searches=True)
     searched = open_search(config, subject, evaluation, ranges.calibration)
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
