@@ -114,11 +114,13 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         stats, calibration_record = find_stats(config, traced, ranges, folder, ranks)
+        found = None
         if searched is None:
             model = steps.quantize(traced, stats, config.quantizers)
         else:
             assert stats is not None
-            model, specs, lapq_record = quantize_with_lapq(config, folder, subject, traced, stats, searched)
+            found = quantize_with_lapq(config, folder, subject, traced, stats, searched)
+            model, specs = found.model, found.specs
         if config.conversion.reduce_range:
             assert stats is not None
             model, specs = with_reduced_ranges(traced, stats, model, specs)
@@ -130,13 +132,16 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
         results, comparison = _evaluate_both(config, subject, model, evaluation, ranks, native)
         record = _record(config, subject, evaluation, results, comparison)
         record["calibration"] = calibration_record
-        if searched is not None:
-            record["lapq"] = lapq_record
+        shown = results
+        if found is not None:
+            initial = evaluate_images(config, found.initial, evaluation, "evaluating LAPQ's start", ranks)
+            record["lapq"] = found.record_with(initial)
+            shown = {**results, "LAPQ start": initial}
         if native is not None:
             against = compare(results["quantized"], results["native"])
             record["conversion"] = conversion_record(native, against)
         _finish(config, folder, record, evaluation, results, ranks)
-    text = f"{subject.arch}, {evaluation.words}\n{table(results, comparison)}"
+    text = f"{subject.arch}, {evaluation.words}\n{table(shown, comparison)}"
     text += "" if native is None else f"\n{conversion_text(native, against)}"
     return Outcome(f"{text}\n{folder}", folder, record)
 

@@ -15,12 +15,10 @@ import scipy
 import torch
 import yaml
 from torch import Tensor, fx
-from tqdm import tqdm
 
 from qtool.algorithms.lapq import (
     LapqResult,
     LapqSpec,
-    LapqState,
     lapq,
     sample_outputs,
     searched_tensors,
@@ -30,22 +28,20 @@ from qtool.config.searches import without_weight_clipping
 from qtool.config.sections import QuantizeConfig
 from qtool.data.calibration_set import calibration_indices, overlap
 from qtool.data.datasets import check_outputs
-from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.observers.stats_yaml import write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.inputs import Images, Subject, open_calibration, shared_images, weights_sha256
+from qtool.pipeline.lapq_progress import LapqProgress
 from qtool.quantizers.prepare import QuantizedModel
-from qtool.run_dir import write_text
+from qtool.report import Result
 from qtool.search.journal import Journal, open_journal
 from qtool.search.trials import Trials
 
 LOG = logging.getLogger("qtool")
 
 JOURNAL_FILE = "search_journal.jsonl"
-RANGES_FILE = "quant_params_dict.yaml"
-SEARCHED_FIELDS = ("output_range", "weight_range_factors")
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,27 @@ def load_batches(config: Config, searched: SearchedOn) -> list[tuple[Tensor, Ten
     return [(images, torch.as_tensor(labels).long()) for images, labels, *_ in searched.images.loader(config)]
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What LAPQ found.
+
+    Args:
+        model: the network quantized with the best ranges.
+        initial: the one quantized with those of the initialisation.
+        specs: of model.
+        record: what results.json says.
+    """
+
+    model: QuantizedModel
+    initial: QuantizedModel
+    specs: dict[str, LayerSpec]
+    record: dict[str, Any]
+
+    def record_with(self, initial: Result) -> dict[str, Any]:
+        """The record with the result of the initialisation on the evaluation images."""
+        return {**self.record, "initial": {**self.record["initial"], "evaluation": initial.as_dict()}}
+
+
 def quantize_with_lapq(
     config: Config,
     folder: Path,
@@ -104,8 +121,8 @@ def quantize_with_lapq(
     traced: fx.GraphModule,
     stats: ModelStats,
     searched: SearchedOn,
-) -> tuple[QuantizedModel, dict[str, LayerSpec], dict[str, Any]]:
-    """Search for ranges, and quantize with the best: the network, its specs, and what results.json says."""
+) -> Searched:
+    """Search for ranges, and quantize with the best."""
     start = time.perf_counter()
     quantizers = _without_clipping(config.quantizers, traced)
     specs = steps.specs_for(traced, quantizers)
@@ -114,7 +131,7 @@ def quantize_with_lapq(
     outputs = sample_outputs(trials.float_network(), [images for images, _ in trials.batches])
     tensors = searched_tensors(trials.folded.traced, trials.stats, specs, outputs, settings)
     LOG.info("LAPQ: %d ranges", len(tensors))
-    progress = _Progress(config, folder, quantizers, traced)
+    progress = LapqProgress(config, folder, quantizers, settings, tensors, trials)
     inputs = {"lapq": asdict(settings), **search_inputs(config, subject, traced, stats, searched)}
     with journal_of(config, folder, inputs) as journal, progress:
         result = lapq(
@@ -122,9 +139,10 @@ def quantize_with_lapq(
         )
     progress.write(result.specs)
     LOG.info("LAPQ: loss %.6g after initialisation, %.6g at the end", result.initial_loss, result.loss)
-    model = trials.quantize(result.specs)
     record = _lapq_record(config, trials, result, journal, searched)
-    return model, dict(result.specs), {**record, "seconds": round(time.perf_counter() - start, 3)}
+    record["seconds"] = round(time.perf_counter() - start, 3)
+    model, initial = trials.quantize(result.specs), trials.quantize(result.initial)
+    return Searched(model, initial, dict(result.specs), record)
 
 
 def _lapq_spec(config: Config) -> LapqSpec:
@@ -205,51 +223,3 @@ def search_inputs(
         "device": config.run.chosen_device,
         "versions": [torch.__version__, scipy.__version__],
     }
-
-
-class _Progress:
-    """Shows a bar or lines, and writes the best ranges whenever the search enters another phase."""
-
-    def __init__(
-        self, config: Config, folder: Path, quantizers: QuantizeConfig, traced: fx.GraphModule
-    ) -> None:
-        self.path = folder / RANGES_FILE
-        self.quantizers = quantizers
-        self.names = [name for name, _, _ in layers(traced)]
-        self.every = config.data.print_freq
-        self.last: LapqState | None = None
-        self.bar: tqdm[Any] = tqdm(
-            desc="LAPQ", unit="trial", leave=False, disable=None if self.every is None else True
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def watch(self, state: LapqState) -> None:
-        self.bar.update()
-        self.bar.set_postfix_str(f"{state.phase}, best loss {state.best_loss:.6g}", refresh=False)
-        if self.every is not None and state.evaluations % self.every == 0:
-            self._log(state)
-        if self.last is not None and self.last.phase != state.phase:
-            self._log(self.last)
-            self.write(self.last.best)
-        self.last = state
-
-    @staticmethod
-    def _log(state: LapqState) -> None:
-        LOG.info(
-            "LAPQ: %s: loss %.6g, best %.6g, %d evaluations",
-            state.phase, state.loss, state.best_loss, state.evaluations,
-        )  # fmt: skip
-
-    def write(self, specs: Mapping[str, LayerSpec]) -> None:
-        """Write the settings that give these specs, in a file that 'quantize -c' takes."""
-        found = {
-            name: {key: getattr(spec, key) for key in SEARCHED_FIELDS if getattr(spec, key) is not None}
-            for name, spec in specs.items()
-        }
-        found = {name: settings for name, settings in found.items() if settings}
-        write_text(self.path, dump_quantizers(with_settings_of_layers(self.quantizers, self.names, found)))

@@ -24,7 +24,7 @@ def smallest(
     objective: Callable[[Vector], float],
     start: Vector,
     method: str,
-    limits: dict[str, int] | None = None,
+    maxiter: int | None = None,
     callback: Callable[..., None] | None = None,
 ) -> Vector:
     """Where a method ends that looks for the smallest value of a function.
@@ -33,10 +33,10 @@ def smallest(
         objective: the function.
         start: where it starts, in octaves.
         method: a key of METHODS.
-        limits: maxiter and maxfev, where there are any.
+        maxiter: how many iterations it makes at most, None for SciPy's own limit.
         callback: is called after each iteration.
     """
-    options = dict(limits or {})
+    options = {} if maxiter is None else {"maxiter": maxiter}
     found = _minimize(objective, start, method=METHODS[method], options=options, callback=callback)
     return np.atleast_1d(found.x)
 
@@ -45,41 +45,31 @@ def hop(
     objective: Callable[[Vector], float],
     start: Vector,
     method: str,
-    limits: dict[str, int],
+    maxiter: int | None,
     callback: Callable[..., None],
     niter: int,
     seed: int,
 ) -> None:
     """Repeat smallest from points nearby, niter times; arguments as there."""
+    options = {} if maxiter is None else {"maxiter": maxiter}
     _basinhopping(
         objective,
         start,
         niter=niter,
-        minimizer_kwargs={"method": METHODS[method], "options": limits},
+        minimizer_kwargs={"method": METHODS[method], "options": options},
         callback=callback,
         seed=np.random.default_rng(seed),
     )
 
 
-def _powell(objective: Any, start: Vector, callback: Any, **options: Any) -> Any:
-    directions = FIRST_STEP * np.eye(len(start))
-    return _minimize(
-        objective,
-        start,
-        method="Powell",
-        options={"direc": directions, **_limits(options)},
-        callback=callback,
-    )
+def _powell(objective: Any, start: Vector, callback: Any, maxiter: int | None = None, **_: Any) -> Any:
+    own = {"direc": FIRST_STEP * np.eye(len(start)), "maxiter": maxiter}
+    return _minimize(objective, start, method="Powell", options=own, callback=callback)
 
 
-def _nelder_mead(objective: Any, start: Vector, callback: Any, **options: Any) -> Any:
-    own = {"initial_simplex": np.vstack([start, start + FIRST_STEP * np.eye(len(start))]), **_limits(options)}
+def _nelder_mead(objective: Any, start: Vector, callback: Any, maxiter: int | None = None, **_: Any) -> Any:
+    own = {"initial_simplex": np.vstack([start, start + FIRST_STEP * np.eye(len(start))]), "maxiter": maxiter}
     return _minimize(objective, start, method="Nelder-Mead", options=own, callback=callback)
-
-
-def _limits(options: dict[str, Any]) -> dict[str, Any]:
-    """Of what SciPy hands to a method, the limits."""
-    return {name: options[name] for name in ("maxiter", "maxfev") if name in options}
 
 
 METHODS: dict[str, Any] = {"Powell": _powell, "Nelder-Mead": _nelder_mead}

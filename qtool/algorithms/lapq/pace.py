@@ -52,8 +52,8 @@ class PaceKeeper:
         self.pace = Pace(at.iteration + 1, 0, at.lines + 1, at.evaluations)
         self._direction = frozenset()
 
-    def see(self, vector: NDArray[np.float64]) -> Pace:
-        """Where the search is when it evaluates a vector."""
+    def see(self, vector: NDArray[np.float64], is_new: bool) -> None:
+        """Take note of a vector that the method asks for; a new one is evaluated."""
         at = self.pace
         line, lines = at.line, at.lines
         before = vector if self._last is None else self._last
@@ -64,8 +64,7 @@ class PaceKeeper:
                 line, lines = min(line + 1, self.size - 1), lines + 1
             # The first step of a line search also sets the number before to its best.
             self._direction = (moved - self._direction) or moved
-        self.pace = Pace(at.iteration, line, lines, at.evaluations + 1)
-        return self.pace
+        self.pace = Pace(at.iteration, line, lines, at.evaluations + is_new)
 
 
 def seconds_left(

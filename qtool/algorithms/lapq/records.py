@@ -19,7 +19,8 @@ class LapqSpec:
         init_mode: "auto" for the best p, one of P_STARTS, or one of CLIPPED_STARTS.
         init_method: SciPy's name of the method that finds the range of one tensor.
         method: SciPy's name of the method that moves all of them.
-        maxiter, maxfev: limits of its iterations and of its evaluations, None for SciPy's own.
+        maxiter: limit of its iterations, None for SciPy's own.
+        maxfev: limit of its evaluations of the loss, None for no other.
         basinhopping: whether to repeat it from points nearby, chosen at random.
         basinhopping_niter: how often.
         both_ends: whether the ends of an asymmetric range move independently.
@@ -43,7 +44,7 @@ class LapqState:
 
     Args:
         phase: what it is doing, in words.
-        evaluations: of the loss so far.
+        evaluations: of the loss so far, each point once.
         loss: of the last one.
         best_loss: the smallest so far.
         best: the specs that gave it.
@@ -68,7 +69,7 @@ class LapqResult:
         initial: specs of the initialisation.
         p: of the norm that the initialisation minimises, or None.
         losses_of_p: the loss of each p that was tried.
-        evaluations: of the loss.
+        evaluations: of the loss, each point once.
         tensors: how many ranges were searched.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def lapq(
         search.specs_at(start),
         p,
         losses_of_p,
-        search.evaluations,
+        len(search.losses),
         len(tensors),
     )
 
@@ -75,7 +76,8 @@ class _Search:
     ) -> None:
         self.tensors, self.specs, self.loss, self.memo, self.watch = tensors, specs, loss, memo, watch
         self.phase = ""
-        self.evaluations = 0
+        self.losses: dict[str, float] = {}
+        self.most: int | None = None
         self.best: Specs = specs
         self.best_loss = float("inf")
         self.keeper: PaceKeeper | None = None
@@ -86,14 +88,23 @@ class _Search:
     def __call__(self, vector: Vector) -> float:
         asked = [t.asked_at(o) for t, o in zip(self.tensors, split(vector, self.tensors), strict=True)]
         key = hashlib.sha256(repr(asked).encode()).hexdigest()
+        is_new = key not in self.losses
+        if self.keeper is not None:
+            self.keeper.see(vector, is_new)
+        if is_new:
+            self._evaluate(key, vector)
+        return self.losses[key]
+
+    def _evaluate(self, key: str, vector: Vector) -> None:
+        if len(self.losses) == self.most:
+            raise _Enough
         specs = self.specs_at(vector)
         (loss,) = self.memo(f"loss {key}", lambda: (self.loss(specs),))
-        self.evaluations += 1
+        self.losses[key] = loss
         if loss < self.best_loss:
             self.best, self.best_loss = specs, loss
-        pace = None if self.keeper is None else self.keeper.see(vector)
-        self.watch(LapqState(self.phase, self.evaluations, loss, self.best_loss, self.best, pace))
-        return loss
+        pace = None if self.keeper is None else self.keeper.pace
+        self.watch(LapqState(self.phase, len(self.losses), loss, self.best_loss, self.best, pace))
 
     def ranges_of_p(self, p: float, method: str) -> Vector:
         """For each tensor alone, the octaves of the smallest error in the p-norm."""
@@ -124,10 +135,15 @@ class _Search:
             self.phase = f"iteration {keeper.pace.iteration}"
 
         self.phase = "iteration 1"
-        limits = {"maxiter": settings.maxiter, "maxfev": settings.maxfev}
-        asked = {name: limit for name, limit in limits.items() if limit is not None}
-        if settings.basinhopping:
-            niter = settings.basinhopping_niter
-            hop(self, start, settings.method, asked, count, niter, settings.seed)
-        else:
-            smallest(self, start, settings.method, asked, count)
+        # SciPy's own limit counts points that were evaluated before, too.
+        self.most = None if settings.maxfev is None else len(self.losses) + settings.maxfev
+        with suppress(_Enough):
+            if settings.basinhopping:
+                niter = settings.basinhopping_niter
+                hop(self, start, settings.method, settings.maxiter, count, niter, settings.seed)
+            else:
+                smallest(self, start, settings.method, settings.maxiter, count)
+
+
+class _Enough(Exception):
+    """The search has made all the evaluations that it may."""

@@ -60,8 +60,15 @@ class SearchedTensor:
         """The octaves of the smallest error in the p-norm, found by a method of SciPy's."""
         start = np.zeros(self.numbers)
         unit = self.error_at(start, p) or 1.0  # some methods stop at an absolute difference
-        found = smallest(lambda octaves: self.error_at(octaves, p) / unit, start, method)
-        return [float(octave) for octave in found]
+        known: dict[tuple[float, float], float] = {}
+
+        def error(octaves: Vector) -> float:
+            factors = self.factors_at(octaves)
+            if factors not in known:
+                known[factors] = self.error_at(octaves, p) / unit
+            return known[factors]
+
+        return [float(octave) for octave in smallest(error, start, method)]
 
     def factors_at(self, octaves: Vector) -> tuple[float, float]:
         """The factors on low and high."""
