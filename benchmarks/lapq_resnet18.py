@@ -45,12 +45,12 @@ HEAD = """# LAPQ on resnet18, with Distiller's file
 
 Command: `QTOOL_DATA=... python benchmarks/lapq_resnet18.py benchmarks/lapq_resnet18.md --runs runs/`
 
-`resnet18_imagenet_post_train_lapq.yaml` as it is: 4-bit weights of the convolutions, per tensor, and 4-bit outputs
-of the ReLUs; the first convolution with its ReLU, the last one, additions, pooling and fc stay in float. Ranges of
-activations start from Distiller's own `resnet18_quant_stats.yaml`, which the file names.
+`resnet18_imagenet_post_train_lapq.yaml` as it is: 4-bit weights of the convolutions, per tensor, and 4-bit
+outputs of the ReLUs; the first convolution with its ReLU, the last one, additions, pooling and fc stay in
+float. Ranges of activations start from Distiller's own `resnet18_quant_stats.yaml`, which the file names.
 
-The resnet18 weights are from github uber-research/permute-quantize-finetune, under the Uber Non-Commercial License;
-this table is for non-commercial use only.
+The resnet18 weights are from github uber-research/permute-quantize-finetune, under the Uber Non-Commercial
+License; this table is for non-commercial use only.
 """
 
 
@@ -134,11 +134,12 @@ def report(plain: Run, whole: Run, killed: Path, resumed: Run, threads: int) -> 
     searched = found["images"]
     initial, final = found["initial"], found["final"]
     better = whole.results["quantized"]["top1"] - initial["evaluation"]["top1"]
+    again = resumed.results["lapq"]
     entries = (killed / JOURNAL).read_bytes().count(b"\n") - 1
     lines = [
         HEAD,
-        f"Evaluated on all {images['images']} images of {images['dataset']}; the loss of the search is that on "
-        f"{searched['images']} images of {searched['dataset']}, {searched['overlap']} of them evaluation images.",
+        f"Evaluated on all {images['images']} images of {images['dataset']}; the search evaluates on "
+        f"{searched['images']} images of {searched['dataset']}, {searched['overlap']} of them among these.",
         "",
         "| resnet18, W4A4 | top-1 | top-5 | loss | loss of the search | top-1 of the search |",
         "|---|---|---|---|---|---|",
@@ -148,12 +149,12 @@ def report(plain: Run, whole: Run, killed: Path, resumed: Run, threads: int) -> 
         row("LAPQ, one iteration of Powell", whole.results["quantized"], final),
         "",
         f"The end is {better:+.2f} points of top-1 above the start. {found['ranges']} ranges, "
-        f"{found['evaluations']} evaluations of the loss, {found['seconds']:.0f} s for start and search; the whole "
-        f"run, with two evaluations of {images['images']} images, took {whole.seconds:.0f} s and "
+        f"{found['evaluations']} evaluations of the loss, {found['seconds']:.0f} s for start and search; the "
+        f"whole run, with two evaluations of {images['images']} images, took {whole.seconds:.0f} s and "
         f"{whole.cpu_seconds:.0f} s of CPU time, {threads} thread(s) on a shared machine of two cores.",
         "",
-        f"Killed by SIGKILL with {entries} results in its journal, and resumed: {same_end(whole, resumed)}. The resumed run "
-        f"took {resumed.results['lapq']['resumed']} results over, and {resumed.seconds:.0f} s "
+        f"Killed by SIGKILL with {entries} results in its journal, and resumed: {same_end(whole, resumed)}. "
+        f"The resumed run took {again['resumed']} results over, and {resumed.seconds:.0f} s "
         f"({resumed.cpu_seconds:.0f} s of CPU time).",
         "",
         "Arguments behind `qtool quantize`, without and with LAPQ; the killed run is resumed with "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,30 @@ def test_lapq_ends_below_its_initialisation(searched):
     log = (folder / f"{folder.name}.log").read_text()
     assert "the search evaluates on 32 of the calibration images of digits calibration" in log
     assert f"LAPQ: loss {found['initial']['loss']:.6g} after initialisation" in log
+
+
+def test_the_start_is_evaluated_beside_the_end(searched, tmp_path):
+    _, record = searched
+    result = CliRunner().invoke(main, [*LAPQ, "--lapq-maxfev", "1", "-o", str(tmp_path)])
+    start = record["lapq"]["initial"]["evaluation"]
+    assert start["images"] == record["quantized"]["images"]
+    assert start["loss"] != record["quantized"]["loss"]
+    assert f"LAPQ start {start['top1']:>9.3f}{start['top5']:>9.3f}{start['loss']:>9.4f}" in result.stdout
+
+
+def test_the_time_that_is_left_is_shown(tmp_path):
+    folder, _ = run(tmp_path, *LAPQ, "-p", "10", "--lapq-init-mode", "L2")
+    log = (folder / f"{folder.name}.log").read_text()
+    assert re.search(r"iteration 1: loss \S+, best \S+, 50 evaluations, about 00:\d\d left", log)
+
+
+def test_with_statistics_the_calibration_images_are_those_of_the_search(searched, tmp_path):
+    folder, _ = searched
+    stats = folder / "acts_quantization_stats.yaml"
+    quick = ("--lapq-maxfev", "3", "--lapq-init-mode", "none", "--calib-samples", "20")
+    _, record = run(tmp_path, *LAPQ, *quick, "--qe-stats-file", stats)
+    assert record["lapq"]["images"]["images"] == 20
+    assert record["calibration"] == {"stats_file": str(stats)}
 
 
 def test_the_ranges_found_give_the_same_network_again(searched, tmp_path):

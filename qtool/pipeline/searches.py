@@ -111,7 +111,8 @@ class Searched:
 
     def record_with(self, initial: Result) -> dict[str, Any]:
         """The record with the result of the initialisation on the evaluation images."""
-        return {**self.record, "initial": {**self.record["initial"], "evaluation": initial.as_dict()}}
+        evaluated = {key: value for key, value in initial.as_dict().items() if key != "images_per_second"}
+        return {**self.record, "initial": {**self.record["initial"], "evaluation": evaluated}}
 
 
 def quantize_with_lapq(
