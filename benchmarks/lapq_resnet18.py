@@ -23,7 +23,7 @@ import click
 from qtool.run_dir import write_text
 
 LOSS_IMAGES = 64
-KILLED_AFTER = 500  # results in the journal: 363 of p-norms, 12 of starts, and a part of the search
+KILLED_AFTER = 400  # results in the journal: 363 of p-norms, 11 of starts, and a part of the search
 PLAIN = (
     "-a resnet18 --checkpoint $QTOOL_DATA/weights/resnet18.pth "
     "--qe-config-file $QTOOL_DATA/distiller/resnet18_imagenet_post_train_lapq.yaml "
