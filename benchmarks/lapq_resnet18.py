@@ -151,7 +151,8 @@ def report(plain: Run, whole: Run, killed: Path, resumed: Run, threads: int) -> 
         f"The end is {better:+.2f} points of top-1 above the start. {found['ranges']} ranges, "
         f"{found['evaluations']} evaluations of the loss, {found['seconds']:.0f} s for start and search; the "
         f"whole run, with two evaluations of {images['images']} images, took {whole.seconds:.0f} s and "
-        f"{whole.cpu_seconds:.0f} s of CPU time, {threads} thread(s) on a shared machine of two cores.",
+        f"{whole.cpu_seconds:.0f} s of CPU time, {threads} thread(s) on a machine of two cores that other "
+        "work kept busy.",
         "",
         f"Killed by SIGKILL with {entries} results in its journal, and resumed: {same_end(whole, resumed)}. "
         f"The resumed run took {again['resumed']} results over, and {resumed.seconds:.0f} s "
