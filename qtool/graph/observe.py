@@ -53,10 +53,20 @@ class NonFiniteError(StatsError):
 
 @dataclass
 class _Watch:
-    """One tensor that is observed: its key, its node, what is called where it is, and what it has shown."""
+    """One tensor that is observed.
+
+    Args:
+        key: what it is filed under, see key_of.
+        node: whose values it has.
+        seen: the node that gives them the shape in which they are observed.
+        where: what is called where it is.
+        observer: what gathers its statistics, from its first chunk on.
+        axis: the axis of its images.
+    """
 
     key: str
     node: fx.Node
+    seen: fx.Node
     where: str
     observer: TensorObserver | None = None
     axis: int | None = 0
@@ -109,7 +119,7 @@ class Observation:
         if self._scratch is None or self._scratch.device != x.device:
             self._scratch = torch.empty(CACHED, device=x.device)
         try:
-            rows = as_rows(x, self.chunk.images, watch.axis, channel_axis(watch.node))
+            rows = as_rows(x, self.chunk.images, watch.axis, channel_axis(watch.seen))
             watch.observer.update(rows, self.chunk, self._scratch, self._known(watch))
         except NotFinite as error:
             raise NonFiniteError(watch.where, error.image, str(error)) from error
@@ -127,7 +137,7 @@ class Observation:
     def _axis_of(self, watch: _Watch, x: Tensor) -> int | None:
         """The axis of the images; a tensor without one is a single row of each chunk."""
         assert self.chunk is not None
-        images, example = self.chunk.images, tuple(watch.node.meta["value"].shape)
+        images, example = self.chunk.images, tuple(watch.seen.meta["value"].shape)
         example_images = example_size(self.network.traced)
         by_rows = 0 if x.dim() and x.shape[0] % images == 0 else None
         if self.batchwise == "on" or images == example_images:
@@ -135,7 +145,7 @@ class Observation:
         try:
             return batch_axis(tuple(x.shape), images, example, example_images)
         except ValueError as error:
-            op = str(watch.node.meta["op"])
+            op = str(watch.seen.meta["op"])
             if op not in self._warned:
                 self._warned.add(op)
                 LOG.warning(
@@ -176,15 +186,15 @@ def observe(
         for name, node, module in layers(network.traced):
             fresh = []
             for index, source in enumerate(tensor_inputs(node)):
-                key, source = key_of(source, node), origin(source)
-                if _gives_record(source) or key in watches or is_mask(node, index):
+                key, first = key_of(source, node), origin(source)
+                if _gives_record(first) or key in watches or is_mask(node, index):
                     continue
-                watches[key] = _Watch(key, source, f"the input {index} of layer {name!r}")
+                watches[key] = _Watch(key, first, source, f"the input {index} of layer {name!r}")
                 fresh.append((index, watches[key]))
             if fresh:
                 handles.append(_watch_inputs(observation, module, fresh))
             if _gives_record(node):
-                watches[node.name] = _Watch(node.name, node, f"the output of layer {name!r}")
+                watches[node.name] = _Watch(node.name, node, node, f"the output of layer {name!r}")
                 handles.append(_watch_output(observation, module, watches[node.name]))
         yield observation
     finally:

@@ -88,7 +88,7 @@ def as_rows(x: Tensor, images: int, batch_axis: int | None, channel_axis: int) -
         x: any shape, float32.
         images: how many are in x.
         batch_axis: the axis that holds them, an image's parts next to each other; None: there is none.
-        channel_axis: the axis of channels; it is not batch_axis unless x has no other.
+        channel_axis: the axis of channels; another one if that is batch_axis.
 
     Raises:
         ValueError: if x is empty.
@@ -101,6 +101,8 @@ def as_rows(x: Tensor, images: int, batch_axis: int | None, channel_axis: int) -
         return Rows(x.reshape(images, 1, -1), False, images)
     if channel_axis >= x.dim():  # a scalar
         return Rows(x.reshape(1, 1, 1), False, 1)
+    if channel_axis == batch_axis:
+        channel_axis = 0 if batch_axis else 1
     last = x.movedim((batch_axis, channel_axis), (0, -1))
     parts, channels = last.shape[0], last.shape[-1]
     first = x.movedim((batch_axis, channel_axis), (0, 1))

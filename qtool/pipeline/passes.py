@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from qtool.config import Config
 from qtool.data.loader import Batch, Loader
-from qtool.errors import StatsError
+from qtool.errors import ModelError, StatsError
 from qtool.graph.control import has_decisions
 from qtool.graph.observe import NonFiniteError
 from qtool.observers.stats import ModelStats
@@ -37,6 +37,11 @@ def measure_stats(
     (value, *_) = (n.meta["value"] for n in traced.graph.nodes if n.op == "placeholder")
     # What a network decides, it decides for a batch.
     decides = has_decisions(traced.graph)
+    if decides and ranks.size > 1:
+        raise ModelError(
+            "the network decides on the values of a batch, and not every process sees each of its branches; "
+            "start it without torchrun"
+        )
     size = config.data.batch_size if decides else chunk_size(tuple(value.shape[1:]))
     loader = images.loader(config, size, ranks)
     present: list[Batch] = []

@@ -83,3 +83,33 @@ def test_each_call_of_a_reused_module_has_its_own_record():
     stats = measured(Twice(), [X])
     assert stats.output("relu1").max == 3
     assert stats.output("relu2").max == 1
+
+
+@pytest.mark.parametrize("images", [4, 5])
+def test_a_part_of_a_tensor_in_another_shape_has_the_averages_of_its_images(images, caplog):
+    class Channels(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[:, c].unsqueeze(1) * 2.0 for c in range(3)], 1)
+
+    network = fast(trace(Channels(), torch.randn(2, 3, 4, 4)))
+    x = torch.randn(images, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with observe(network) as observation, torch.no_grad():
+        observation.run(x, 0, 0)
+    record = model_stats(network, observation.sums()).input("mul2", 0)
+    assert record.avg_max == pytest.approx(float(x[:, 1].flatten(1).amax(1).double().mean()), rel=1e-6)
+    assert record.shape == (1, 1, 4, 4)
+    assert not caplog.messages
+
+
+def test_an_axis_of_images_that_cannot_be_told_is_said_once_for_each_operation(caplog):
+    class Pairs(nn.Module):
+        def forward(self, x):
+            x = x.flatten(1)
+            return ((x @ x.T) + 1.0) * 2.0 @ x
+
+    network = fast(trace(Pairs(), torch.randn(2, 3, 4, 4)))
+    with observe(network) as observation, torch.no_grad():
+        for number in range(2):
+            observation.run(torch.randn(5, 3, 4, 4), number, 5 * number)
+    warned = [m for m in caplog.messages if "which axis holds the images cannot be told" in m]
+    assert len(warned) == 3  # matmul, add, mul

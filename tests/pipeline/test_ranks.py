@@ -16,7 +16,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def launch(processes: int, *args: object) -> subprocess.CompletedProcess:
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*start, "-m", "qtool", *map(str, args)]
     return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
 
