@@ -1,0 +1,200 @@
+"""What calibration costs, against the plain float network over the same batches.
+
+    python benchmarks/calibration.py benchmarks/calibration.md
+
+Two threads, images of noise in memory (data loading is outside), batches of 32. Each round runs the plain
+eager float network, then its calibration with all statistics and histograms, then a plain implementation with
+forward hooks and two passes (range, averages and mean; then std and b) on the same network; ratios are of the
+medians over rounds. Freed memory is kept for all of them (glibc's settings in the environment). Peak memory
+is that of a process that calibrates on so many images, which it makes batch by batch. The estimators
+search all tensors of resnet50 from histograms; the files are those of resnet152.
+"""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import qtool
+from qtool.numerics.clipping import choose_range
+from qtool.numerics.spec import ClipSpec, QuantSpec
+from qtool.observers.files import read_stats
+from qtool.observers.stats import records
+from qtool.pipeline.stats_files import save_stats
+from qtool.run_dir import write_text
+
+MODELS = ("resnet18", "resnet50", "mobilenet_v2")
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+}
+IMAGES, BATCH, ROUNDS, THREADS = 96, 32, 5, 2
+SIDE = 224
+
+
+def noise(images: int, seed: int = 0) -> Iterator[Tensor]:
+    """Batches of noise, made as they are asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, images, BATCH):
+        yield torch.randn(min(BATCH, images - start), 3, SIDE, SIDE, generator=generator)
+
+
+class TwoPasses:
+    """Forward hooks on every leaf module, as calibration is commonly written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sums: dict[str, Any] = {}
+
+    def run(self, batches: list[Tensor]) -> None:
+        """Both passes."""
+        for hook in (self._first, self._second):
+            leaves = [(n, m) for n, m in self.model.named_modules() if not list(m.children())]
+            handles = [m.register_forward_hook(hook(n)) for n, m in leaves]
+            for batch in batches:
+                self.model(batch)
+            for handle in handles:
+                handle.remove()
+
+    def _first(self, name: str) -> Callable[..., None]:
+        def hook(_m: nn.Module, _a: Any, y: Tensor) -> None:
+            rows = y.reshape(len(y), -1)
+            found = self.sums.setdefault(name, [0.0, 0, 0.0, 0.0])
+            self.sums[name] = [
+                found[0] + float(rows.sum(dtype=torch.float64)),
+                found[1] + rows.numel(),
+                found[2] + float(rows.amin(1).double().sum()),
+                found[3] + float(rows.amax(1).double().sum()),
+            ]
+
+        return hook
+
+    def _second(self, name: str) -> Callable[..., None]:
+        mean = self.sums[name][0] / self.sums[name][1]
+
+        def hook(_m: nn.Module, _a: Any, y: Tensor) -> None:
+            off = y - mean
+            float(off.abs().sum(dtype=torch.float64))
+            float(off.square_().sum(dtype=torch.float64))
+
+        return hook
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def speed(arch: str) -> str:
+    """A row of the first table."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, arch)(weights=None).eval()
+    batches = list(noise(IMAGES))
+    traced = qtool.trace(model, batches[0][:2])
+    sides: dict[str, Callable[[], object]] = {
+        "eager": lambda: [model(batch) for batch in batches],
+        "calibrate": lambda: qtool.calibrate(traced, batches),
+        "hooks": lambda: TwoPasses(model).run(batches),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(ROUNDS + 1):
+        for name, work in sides.items():
+            taken = seconds(work)
+            if number:  # the first round warms up
+                times[name].append(taken)
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    return (
+        f"| {arch} | {1000 * middle['eager'] / IMAGES:.1f} | {middle['calibrate'] / middle['eager']:.2f} "
+        f"| {middle['hooks'] / middle['eager']:.2f} |"
+    )
+
+
+def memory(arch: str, images: int) -> str:
+    """Peak memory of a process that calibrates, MB."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    qtool.calibrate(getattr(torchvision.models, arch)(weights=None).eval(), noise(images))
+    return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def searches() -> str:
+    """Seconds that the estimators take for all tensors of resnet50."""
+    torch.manual_seed(0)
+    stats = qtool.calibrate(torchvision.models.resnet50(weights=None).eval(), noise(BATCH))
+    found = list({id(record): record for _, record in records(stats)}.values())
+    rows = []
+    for mode in ("kl", "mse", "percentile"):
+        spec = QuantSpec.from_mode("asym_u", 8)
+        clip = ClipSpec(mode)
+        taken = seconds(lambda s=spec, c=clip: [choose_range(record, s, c) for record in found])
+        rows.append(f"| {mode} | {len(found)} | {taken:.2f} |")
+    return "\n".join(rows)
+
+
+def files() -> str:
+    """Seconds to write and to read the statistics of resnet152."""
+    torch.manual_seed(0)
+    stats = qtool.calibrate(torchvision.models.resnet152(weights=None).eval(), [next(noise(2))])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "acts_quantization_stats.yaml")
+        written = seconds(lambda: save_stats(stats, path))
+        text = path.stat().st_size + path.with_name("acts_histograms.npz").stat().st_size
+        taken = seconds(lambda: read_stats(path))
+    return f"| {len(stats.layers)} | {text / 1e6:.1f} | {written:.2f} | {taken:.2f} |"
+
+
+PARTS = {"speed": speed, "memory": memory, "searches": searches, "files": files}
+
+
+def measured(part: str, *arguments: object) -> str:
+    """What one part prints, in a process of its own that keeps freed memory."""
+    command = [sys.executable, __file__, "-", "--part", part, *map(str, arguments)]
+    done = subprocess.run(
+        command, env={**os.environ, **KEEP_MEMORY}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    click.echo(done.stdout.strip(), err=True)
+    return done.stdout.strip()
+
+
+@click.command()
+@click.argument("result", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1)
+@click.option("--part", type=click.Choice(list(PARTS)), help="Print this part alone.")
+def main(result: Path, arguments: tuple[str, ...], part: str | None) -> None:
+    """Write the tables to RESULT."""
+    if part is not None:
+        click.echo(PARTS[part](*(int(a) if a.isdigit() else a for a in arguments)))  # type: ignore[operator]
+        return
+    lines = ["# Calibration", "", *(line.strip() for line in (__doc__ or "").strip().splitlines()), ""]
+    lines += [f"torch {torch.__version__}, {THREADS} threads, {IMAGES} images, {ROUNDS} rounds.", ""]
+    lines += ["| network | eager float, ms an image | calibration | hooks, two passes |", "|---|---|---|---|"]
+    lines += [measured("speed", arch) for arch in MODELS]
+    lines += ["", "Ratios to the eager float network.", "", "| network | 64 images, MB | 1,024 images, MB |"]
+    lines += ["|---|---|---|"]
+    for arch in MODELS:
+        few, many = measured("memory", arch, 64), measured("memory", arch, 1024)
+        lines.append(f"| {arch} | {few} | {many} |")
+    lines += ["", "| estimator | tensors of resnet50 | seconds |", "|---|---|---|", measured("searches")]
+    lines += ["", "| layers of resnet152 | MB, both files | write, s | read, s |", "|---|---|---|---|"]
+    lines.append(measured("files"))
+    write_text(result, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
