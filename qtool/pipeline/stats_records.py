@@ -24,7 +24,7 @@ def of_layers(patterns: Sequence[str], *files: ModelStats) -> list[ModelStats]:
     if not patterns:
         return list(files)
     names = list(dict.fromkeys(name for stats in files for name in stats.layers))
-    advice = " and ".join(f"'qtool stats show {stats.source}'" for stats in files) + " show the names"
+    advice = "'qtool stats show' lists the layers of a file"
     try:
         wanted = {name for p in split_patterns(patterns) for name in matching(p, names, advice)}
     except ConfigError as error:
