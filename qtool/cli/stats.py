@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,17 @@ from typing import Any
 import click
 
 from qtool.cli.commands import QtoolCommand, pipeline_module, print_text
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1, and not NaN, which click's own range lets pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range 0<=x<=1.", param, ctx)
+        return number
+
 
 FILE = click.Path(path_type=Path)
 LAYER = click.option(
@@ -68,7 +80,7 @@ def _bars(module: Any) -> str:
 @LAYER
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1),
+    type=Share(0, 1),
     default=0.0,
     show_default=True,
     help="Largest difference of a number that counts as none, as a share of the tensor's range. With 0, "
