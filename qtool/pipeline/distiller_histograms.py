@@ -1,8 +1,9 @@
 """The file of histograms that Distiller's --activation-histograms writes, made from qtool's own.
 
 Distiller passes the images a second time and counts every element. qtool has counted a sample of each
-image's elements in the one pass there is; these counts are split evenly inside a bin (each of which is at
-most as wide as one of Distiller's) and scaled to the number of elements.
+image's elements in the one pass there is; these counts are split evenly inside a bin and scaled to the
+number of elements. A bin is at most as wide as one of Distiller's, unless a tensor's values are some 2,000
+times as large as its range.
 """
 
 from __future__ import annotations
