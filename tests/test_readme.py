@@ -36,13 +36,18 @@ def console_commands(text: str) -> list[list[str]]:
 
 
 def all_commands(cli: click.Group) -> dict[str, click.Command]:
-    """The group and its commands that are not hidden, by the words that call them."""
-    commands: dict[str, click.Command] = {"qtool": cli}
-    context = click.Context(cli, info_name="qtool")
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
-        if not command.hidden:
-            commands[f"qtool {name}"] = command
+    """The group and the commands below it that are not hidden, by the words that call them."""
+    return {"qtool": cli} | commands_below("qtool", cli)
+
+
+def commands_below(words: str, group: click.Group) -> dict[str, click.Command]:
+    commands: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if command.hidden:
+            continue
+        commands[f"{words} {name}"] = command
+        if isinstance(command, click.Group):
+            commands |= commands_below(f"{words} {name}", command)
     return commands
 
 
@@ -74,6 +79,17 @@ def test_every_command_and_flag_has_help(cli):
     for path, command in all_commands(cli).items():
         without += [] if command.help else [path]
         without += [f"{path} {option.opts[0]}" for option in options(command) if not option.help]
+    assert not without
+
+
+def test_every_help_has_an_example_of_its_command(cli):
+    commands = {words: c for words, c in all_commands(cli).items() if not isinstance(c, click.Group)}
+    assert {"qtool stats show", "qtool quantize"} <= set(commands)
+    without = [
+        words
+        for words, command in commands.items()
+        if not re.search(rf"^\s*Example:\n\s*{words} ", command.help, flags=re.MULTILINE)
+    ]
     assert not without
 
 

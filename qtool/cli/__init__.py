@@ -5,49 +5,25 @@ torch is imported inside the commands, so that --help stays quick.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
-import signal
-import sys
-import threading
 from pathlib import Path
-from types import FrameType, ModuleType
 from typing import Any
 
 import click
 
-from qtool.cli.commands import INTERRUPTED, QtoolCommand, QtoolGroup, config_options, refuse_together
+from qtool.cli.commands import (
+    QtoolCommand,
+    QtoolGroup,
+    config_options,
+    refuse_together,
+)
+from qtool.cli.commands import pipeline_module as _pipeline
+from qtool.cli.commands import print_text as _print
+from qtool.cli.stats import stats
 from qtool.config import DEVICE_OPTIONS, Config, load_config
 from qtool.config.options import PositiveFloat
 
 LOG = logging.getLogger("qtool")
-
-
-def _print(text: str) -> None:
-    """Write results to stdout; what its encoding lacks, such as a byte in a file name, is escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _pipeline(name: str = "runs") -> ModuleType:
-    """A module of qtool.pipeline that does a command's work, which imports torch.
-
-    Ctrl-C inside that import would reach torch's C++ code, which loses it or aborts; nothing has been
-    written yet, so it ends the process at once.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
-        return importlib.import_module(f"qtool.pipeline.{name}")
-    on_interrupt = signal.signal(signal.SIGINT, _exit_now)
-    try:
-        return importlib.import_module(f"qtool.pipeline.{name}")
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-
-
-def _exit_now(_number: int, _frame: FrameType | None) -> None:
-    click.echo(INTERRUPTED, err=True)
-    os._exit(1)
 
 
 def _shared_run(command: str, config: Config) -> None:
@@ -88,17 +64,40 @@ def main() -> None:
     """
 
 
+HISTOGRAMS = click.option(
+    "--activation-histograms",
+    "histograms_portion",
+    metavar="P",
+    type=PositiveFloat(1.0),
+    help="Calibrate on this share of the evaluation images, write the histograms in Distiller's form too "
+    "(acts_histograms.pt), and end, as Distiller does.",
+)
+
+
+def _with_histograms(config_file: Path | None, portion: float, flags: dict[str, Any], **others: Any) -> None:
+    """What --activation-histograms does, beside which nothing else says where ranges come from."""
+    sources = {"--fraction": flags.get("fraction"), "--qe-stats-file": flags.get("stats_file")}
+    sources |= {"--qe-dynamic": flags.get("dynamic"), "--qe-config-file": flags.get("quantizer_file")}
+    for flag, value in (sources | others).items():
+        refuse_together({"--activation-histograms": portion, flag: value})
+    _shared_run("collect_histograms", _config(config_file, flags | {"fraction": portion}))
+
+
 @main.command(cls=QtoolCommand)
 @DATA
+@HISTOGRAMS
 @config_options("model", "data", "calibration", "run")
-def calibrate(config_file: Path | None, **flags: Any) -> None:
+def calibrate(config_file: Path | None, histograms_portion: float | None, **flags: Any) -> None:
     """Measure the activations of a network, and write them to a YAML file.
 
     \b
     Example:
         qtool calibrate -a resnet18 --pretrained --fraction 0.05 /data/imagenet
     """
-    _shared_run("calibrate", _config(config_file, flags))
+    if histograms_portion is not None:
+        _with_histograms(config_file, histograms_portion, flags)
+    else:
+        _shared_run("calibrate", _config(config_file, flags))
 
 
 @main.command(cls=QtoolCommand)
@@ -114,6 +113,7 @@ def calibrate(config_file: Path | None, **flags: Any) -> None:
     help="Calibrate on this share of the evaluation images, as --fraction does. Without --evaluate "
     "--quantize-eval, write the statistics and end, as Distiller does.",
 )
+@HISTOGRAMS
 @click.option(
     "--qe-config-file",
     "quantizer_file",
@@ -126,6 +126,7 @@ def quantize(
     evaluate_: bool,
     quantize_eval: bool,
     calibration_portion: float | None,
+    histograms_portion: float | None,
     **flags: Any,
 ) -> None:
     """Quantize a network, and compare its accuracy with the float network's.
@@ -142,6 +143,11 @@ def quantize(
             "--qe-config-file": flags["quantizer_file"],
         }
     )
+    if histograms_portion is not None:
+        if evaluate_ and quantize_eval:
+            LOG.info("--activation-histograms: statistics and histograms only, nothing is quantized")
+        _with_histograms(config_file, histograms_portion, flags, **{"--qe-calibration": calibration_portion})
+        return
     if calibration_portion is not None:
         refuse_together({"--qe-calibration": calibration_portion, "--fraction": flags["fraction"]})
         flags["fraction"] = calibration_portion
@@ -249,3 +255,6 @@ def check(file: Path, **options: Any) -> None:
     """
     if not _pipeline("gate").check(file, _print, **options):
         raise SystemExit(1)
+
+
+main.add_command(stats)

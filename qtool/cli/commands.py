@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import click
@@ -64,6 +68,32 @@ class QtoolCommand(click.Command):
             raise SystemExit(1) from error
         finally:
             LOG.removeHandler(handler)
+
+
+def print_text(text: str) -> None:
+    """Write results to stdout; what its encoding lacks, such as a byte in a file name, is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def pipeline_module(name: str = "runs") -> ModuleType:
+    """A module of qtool.pipeline that does a command's work, which imports torch.
+
+    Ctrl-C inside that import would reach torch's C++ code, which loses it or aborts; nothing has been
+    written yet, so it ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
+        return importlib.import_module(f"qtool.pipeline.{name}")
+    on_interrupt = signal.signal(signal.SIGINT, _exit_now)
+    try:
+        return importlib.import_module(f"qtool.pipeline.{name}")
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def _exit_now(_number: int, _frame: FrameType | None) -> None:
+    click.echo(INTERRUPTED, err=True)
+    os._exit(1)
 
 
 def _spread_lists(args: list[str], command: click.Command) -> list[str]:

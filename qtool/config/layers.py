@@ -30,10 +30,17 @@ def split_patterns(values: Sequence[str]) -> list[str]:
     return [p.strip() for value in values for p in re.split(r",(?![^{]*\})(?![^\[]*\])", value) if p.strip()]
 
 
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
+def matching(
+    pattern: str, names: Sequence[str], advice: str = "'qtool layers' lists their names"
+) -> list[str]:
     """The names that a pattern matches as a whole.
 
     A pattern is a layer's name or a regular expression.
+
+    Args:
+        pattern: what is looked for.
+        names: of layers.
+        advice: how to see them, for the message.
 
     Raises:
         ConfigError: if it is no valid expression, or matches nothing.
@@ -46,10 +53,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         raise ConfigError(f"pattern {pattern!r}: not a regular expression: {error}") from error
     found = [name for name in names if expression.fullmatch(name)]
     if not found:
-        raise ConfigError(
-            f"pattern {pattern!r}: matches no layer{nearest(pattern, names)}; "
-            "'qtool layers' lists their names"
-        )
+        raise ConfigError(f"pattern {pattern!r}: matches no layer{nearest(pattern, names)}; {advice}")
     return found
 
 

@@ -21,13 +21,7 @@ def read_stats(path: Path) -> ModelStats:
         StatsError: if a file cannot be read or holds something else, or if the file of histograms is not
             the one that was written with the YAML.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StatsError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StatsError(f"{path}: not a text file; a stats YAML is wanted") from error
-    stats, link = parse_stats(text, str(path))
+    stats, link = _parsed(path)
     if link is None:
         return stats
     beside = path.parent / link.file
@@ -43,6 +37,26 @@ def read_stats(path: Path) -> ModelStats:
             "put back the one that was written with it, or run 'qtool calibrate' again"
         )
     return with_details(stats, content, str(beside))
+
+
+def histograms_of(path: Path) -> Path | None:
+    """Where the file of histograms of a stats YAML belongs, whether it is there or not; None if it has none.
+
+    Raises:
+        StatsError: if the YAML cannot be read or holds something else.
+    """
+    _, link = _parsed(path)
+    return None if link is None else path.parent / link.file
+
+
+def _parsed(path: Path) -> tuple[ModelStats, Link | None]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StatsError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StatsError(f"{path}: not a text file; a stats YAML is wanted") from error
+    return parse_stats(text, str(path))
 
 
 def file_contents(stats: ModelStats, histograms: str) -> tuple[str, bytes | None]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtool.errors import StatsError, nearest
-from qtool.numerics.histogram import Histogram
+from qtool.numerics.histogram import Histogram, bins_of_range
 from qtool.observers.fingerprint import Fingerprint
 
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -98,6 +98,9 @@ class ActivationStats:
         low, high = np.concatenate([low_a, low_b]), np.concatenate([high_a, high_b])
         single = count == len(low)
         smallest, largest = min(self.min, other.min), max(self.max, other.max)
+        histogram = a.histogram.merge(b.histogram)
+        # As wide as one calibration makes them, whose bins hold all values and not only those counted.
+        exponent, _, _ = bins_of_range(smallest, largest)
         return replace(
             self,
             min=smallest,
@@ -108,7 +111,7 @@ class ActivationStats:
             std=math.sqrt(variance),
             b=deviation / count,
             total_numel=count,
-            histogram=a.histogram.merge(b.histogram),
+            histogram=histogram.coarsened(max(exponent, histogram.exponent)),
             image_min=low,
             image_max=high,
             channel_min=_joined(np.minimum, self.channel_min, other.channel_min),

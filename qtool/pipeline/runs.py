@@ -33,6 +33,7 @@ from qtool.pipeline.conversion import (
 )
 from qtool.pipeline.coverage import coverage
 from qtool.pipeline.describe import layer_quant_params, layer_table
+from qtool.pipeline.distiller_histograms import DISTILLER_HISTOGRAMS_FILE, save_histograms
 from qtool.pipeline.inputs import (
     ADVICE,
     Images,
@@ -77,6 +78,15 @@ class Outcome:
 
 def calibrate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     """Measure activation statistics and write their YAML."""
+    return _calibrate(config, ranks, histograms=False)
+
+
+def collect_histograms(config: Config, ranks: Ranks = ALONE) -> Outcome:
+    """Calibrate, and write the histograms in Distiller's form too."""
+    return _calibrate(config, ranks, histograms=True)
+
+
+def _calibrate(config: Config, ranks: Ranks, histograms: bool) -> Outcome:
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     refuse_quantized(subject, "calibrate")
@@ -87,9 +97,12 @@ def calibrate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         stats, skipped = measure_stats(config, traced, images, ranks)
-        path = save_stats(stats, folder / STATS_FILE)
+        paths = [save_stats(stats, folder / STATS_FILE)]
+        if histograms:
+            paths.append(save_histograms(stats, folder / DISTILLER_HISTOGRAMS_FILE))
     words = images.words + (f", {skipped} of them unreadable" if skipped else "")
-    return Outcome(f"{len(stats.layers)} layers of {subject.arch} on {words}\n{path}", folder)
+    lines = [f"{len(stats.layers)} layers of {subject.arch} on {words}", *(str(path) for path in paths)]
+    return Outcome("\n".join(lines), folder)
 
 
 def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:

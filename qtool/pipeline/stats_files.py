@@ -18,9 +18,15 @@ def save_stats(stats: ModelStats, path: Path) -> Path:
     Raises:
         OutputError: if one of them cannot be written.
     """
-    beside = HISTOGRAMS_FILE if path.name == STATS_FILE else f"{path.stem}_histograms.npz"
-    text, content = file_contents(stats, beside)
+    beside = histograms_path(path)
+    text, content = file_contents(stats, beside.name)
     if content is not None:
         whole = content
-        write_whole(path.parent / beside, lambda file: file.write(whole))
+        write_whole(beside, lambda file: file.write(whole))
     return write_text(path, text)
+
+
+def histograms_path(path: Path) -> Path:
+    """Where save_stats puts the histograms of a stats YAML."""
+    beside = HISTOGRAMS_FILE if path.name == STATS_FILE else f"{path.stem}_histograms.npz"
+    return path.parent / beside

@@ -113,3 +113,48 @@ def test_zeros_have_a_histogram():
     h = Histogram.of(torch.zeros(5))
     assert (h.first, h.total, len(h.counts)) == (0, 5, 1)
     assert h.merge(Histogram.of(torch.ones(3))).total == 8
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=30),
+    st.floats(-40, 40),
+    st.floats(-40, 40),
+    st.integers(1, 50),
+)
+def test_rebinning_loses_no_count(inner, first, second, bins):
+    h = Histogram(0, -10, np.array([1, *inner, 2]))
+    low, high = min(first, second), max(first, second)
+    counts = h.rebinned(low, high, bins)
+    assert counts.shape == (bins,)
+    assert counts.min() >= 0
+    assert counts.sum() == pytest.approx(h.total)
+
+
+def test_rebinning_at_the_same_edges_changes_nothing():
+    h = Histogram(-3, 5, np.array([3, 0, 7, 1]))
+    assert h.rebinned(h.edges[0], h.edges[-1], 4).tolist() == [3, 0, 7, 1]
+
+
+def test_one_point_has_all_counts_in_the_middle_bin():
+    assert Histogram(0, 2, np.array([6])).rebinned(2.5, 2.5, 5).tolist() == [0, 0, 6, 0, 0]
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=3, max_size=3), st.lists(st.integers(0, 9), min_size=3, max_size=3)
+)
+def test_total_variation_is_a_distance(first, second):
+    a, b = (Histogram(0, 0, np.array([1, *v, 1])) for v in (first, second))
+    wanted = np.abs(a.counts / a.total - b.counts / b.total).sum() / 2
+    assert a.total_variation(b) == pytest.approx(wanted)
+    assert a.total_variation(b) == b.total_variation(a)
+    assert a.total_variation(a) == 0
+    assert a.total_variation(Histogram(0, 100, b.counts)) == pytest.approx(1)
+
+
+def test_total_variation_of_samples_of_one_distribution_is_small():
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    near = Histogram.of(x[:20_000]).total_variation(Histogram.of(x[20_000:]))
+    far = Histogram.of(x[:20_000]).total_variation(Histogram.of(x[20_000:] + 1))
+    # Two halves of N samples in so few bins differ by about sqrt(bins / (pi N)).
+    assert near < 0.06
+    assert far == pytest.approx(0.383, abs=0.02)  # 2 Phi(1/2) - 1
