@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from qtool.pipeline import steps
+from qtool.pipeline import passes, steps
 from qtool.quantizers.prepare import QuantizedModel
 
 QUICK = {
@@ -85,7 +85,7 @@ def test_sequential_looks_at_fewer_images(run_cli, gate_file):
 
 def test_runs_share_calibration_and_the_float_network(run_cli, gate_file, monkeypatch):
     calls = {"calibrate": 0, "float": 0, "quantized": 0}
-    calibrate, evaluate = steps.calibrate, steps.evaluate
+    calibrate, evaluate = passes.measure, steps.evaluate
 
     def count_calibrate(*args, **kwargs):
         calls["calibrate"] += 1
@@ -95,7 +95,7 @@ def test_runs_share_calibration_and_the_float_network(run_cli, gate_file, monkey
         calls["quantized" if isinstance(model, QuantizedModel) else "float"] += 1
         return evaluate(model, batches, **kwargs)
 
-    monkeypatch.setattr(steps, "calibrate", count_calibrate)
+    monkeypatch.setattr(passes, "measure", count_calibrate)
     monkeypatch.setattr(steps, "evaluate", count_evaluate)
     gate = gate_file({"top1_min": 50}, {"top1_min": 50}, {"top1_min": 50})
     tree = yaml.safe_load(gate.read_text())
@@ -211,7 +211,7 @@ KILL_IN = {
 KILLED = """
 import os, pathlib, signal, sys
 from qtool.cli import main
-from qtool.pipeline import steps
+from qtool.pipeline import passes, steps
 
 def after(function, calls):
     made = []

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-# D20, converting a quantized network to PyTorch's own, is not part of qtool yet.
-IDS = [f"D{n}" for n in range(1, 22) if n != 20] + [f"E{n}" for n in range(1, 14)]
+IDS = [f"D{n}" for n in range(1, 22)] + [f"E{n}" for n in range(1, 14)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def test_a_defect_has_a_row_and_a_test(defect, rows, sources):
 
 
 def test_a_row_has_a_known_id_or_none(rows):
-    assert {row[0] for row in rows} <= {*IDS, "D20", ""}
+    assert {row[0] for row in rows} <= {*IDS, ""}
 
 
 def test_every_row_says_what_both_do(rows):
