@@ -117,7 +117,7 @@ def test_log_on_a_full_disk_is_one_error():
     "text", ["DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.", "bug"]
 )
 def test_lack_of_memory_is_one_line_and_a_bug_is_not(text, run_cli, monkeypatch):
-    def fail(_config):
+    def fail(_config, _ranks):
         raise RuntimeError(text)
 
     monkeypatch.setattr("qtool.pipeline.runs.evaluate", fail)

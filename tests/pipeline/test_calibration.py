@@ -50,12 +50,17 @@ def test_statistics_are_those_of_the_plain_network(arch):
     torch.manual_seed(0)
     model = getattr(torchvision.models, arch)(weights=None).eval()
     x = images(9)
+    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
     seen: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not list(module.children()) and not getattr(module, "inplace", False):
-            module.register_forward_hook(lambda _m, _a, y, name=name: seen.update({name: y.double().clone()}))
+    handles = [
+        module.register_forward_hook(lambda _m, _a, y, name=name: seen.update({name: y.double().clone()}))
+        for name, module in leaves.items()
+        if not getattr(module, "inplace", False)
+    ]
     with torch.no_grad():
         model(x)
+    for handle in handles:
+        handle.remove()
     stats = qtool.calibrate(model, x.split(4))
     compared = 0
     for name, layer in stats.layers.items():

@@ -24,6 +24,7 @@ def lp_error(x: Tensor, x_min: Tensor, x_max: Tensor, grid: QuantSpec, p: float)
         p: positive.
 
     Example:
+        >>> import torch
         >>> grid = QuantSpec(num_bits=2, narrow_range=True)
         >>> lp_error(torch.tensor([0.5, 3.0]), torch.tensor(-1.0), torch.tensor(1.0), grid, p=2)
         2.125
