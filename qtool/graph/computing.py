@@ -182,7 +182,7 @@ class ComputingTracer(LayerTracer):
 
     def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "get_attr":
-            return _attribute(self.root, target)
+            return ops.attribute(self.root, target)
         if kind == "call_module":
             return self.root.get_submodule(target)(*args, **kwargs)
         if kind == "call_method":
@@ -289,11 +289,6 @@ def _holds_tensor(value: Any) -> bool:
 
 def _is_mask(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    above, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(above), name)
 
 
 def _place() -> tuple[str, Any]:

@@ -9,7 +9,6 @@ output of a ReLU has the extremes of its input, limited.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from qtool.errors import StatsError
 from qtool.graph import ops
 from qtool.graph.axes import batch_axis, channel_axis
 from qtool.graph.fast import Fast
+from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
 from qtool.observers.kernels import CACHED, Extremes, as_rows
@@ -38,7 +38,6 @@ SAME_VALUES = ops.KEEPS_GRID | {
     *("permute", "transpose", "t", "movedim", "moveaxis", "alias"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
-CLAMPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class NonFiniteError(StatsError):
@@ -158,7 +157,8 @@ class Observation:
     def _known(self, watch: _Watch) -> Extremes | None:
         """The extremes of a ReLU's output, if those of its input are known."""
         assert self.chunk is not None
-        limits = CLAMPS.get(str(watch.node.meta["op"]))
+        op = str(watch.node.meta["op"])
+        limits = INTERVALS[op] if op in FUSIBLE else None
         sources = tensor_inputs(watch.node)
         if limits is None or len(sources) != 1:
             return None

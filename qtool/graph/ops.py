@@ -6,7 +6,7 @@ x.relu_() are all "relu". Everything after tracing asks here and nowhere else.
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -203,3 +203,20 @@ def as_function(node: fx.Node) -> Callable[..., Any]:
 def is_float_tensor(value: object) -> bool:
     """Whether a value is a tensor of floats."""
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """The value of a get_attr node: what a path such as `encoder.mask` names in a network."""
+    *above, last = path.split(".")
+    return getattr(root.get_submodule(".".join(above)), last)
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """All numbers among a node's arguments, a nest of tuples, lists and dicts, in order."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, dict):
+        yield from numbers_in(list(value.values()))

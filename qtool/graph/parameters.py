@@ -92,8 +92,7 @@ def _is_parameter(node: object) -> bool:
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:
-    *above, last = path.split(".")
-    value = getattr(module.get_submodule(".".join(above)), last)
+    value = ops.attribute(module, path)
     assert isinstance(value, Tensor)
     return value
 

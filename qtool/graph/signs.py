@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from typing import Any
+from collections.abc import Set
 
 from torch import Tensor, fx
 
@@ -63,12 +62,11 @@ def _is_never_negative(traced: fx.GraphModule, node: fx.Node, found: Set[fx.Node
         return False
     if op in ops.KEEPS_GRID or op in ops.MOVES or op in PRESERVING:
         return True
-    return op in COMBINING and all(number >= 0 for number in _numbers((node.args, node.kwargs)))
+    return op in COMBINING and all(number >= 0 for number in ops.numbers_in((node.args, node.kwargs)))
 
 
 def _is_constant_never_negative(traced: fx.GraphModule, path: str) -> bool:
-    *above, last = path.split(".")
-    value = getattr(traced.get_submodule(".".join(above)), last)
+    value = ops.attribute(traced, path)
     return isinstance(value, Tensor) and ops.is_float_tensor(value) and bool((value >= 0).all())
 
 
@@ -76,13 +74,3 @@ def _lower_limit(node: fx.Node) -> float | None:
     """The lower limit of a clamp that is a number of at least 0."""
     limit = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
     return float(limit) if isinstance(limit, (int, float)) and limit >= 0 else None
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (int, float)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, dict):
-        yield from _numbers(list(value.values()))

@@ -8,7 +8,7 @@ example has anything to mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def mark_unbounded(traced: fx.GraphModule, inputs: Sequence[Any]) -> None:
         if node.op == "placeholder":
             node.meta["unbounded"] = _is_mask(next(values), -torch.inf)
         elif node.op == "get_attr":
-            value = _attribute(traced, str(node.target))
+            value = ops.attribute(traced, str(node.target))
             # A weight is never a mask: if it holds -inf, the checkpoint is broken.
             node.meta["unbounded"] = not isinstance(value, nn.Parameter) and _is_mask(value, FAR)
         else:
@@ -59,7 +59,9 @@ def is_unbounded(node: fx.Node) -> bool:
 
 
 def _fills(node: fx.Node) -> bool:
-    return node.meta["op"] in FILLS and any(number <= FAR for number in _numbers((node.args, node.kwargs)))
+    return node.meta["op"] in FILLS and any(
+        number <= FAR for number in ops.numbers_in((node.args, node.kwargs))
+    )
 
 
 def _spreads(node: fx.Node) -> bool:
@@ -73,18 +75,3 @@ def _is_mask(value: Any, limit: float) -> bool:
     if not ops.is_float_tensor(value) or value.numel() == 0:
         return False
     return float(value.min()) <= limit and bool((value < torch.inf).all())
-
-
-def _attribute(traced: fx.GraphModule, path: str) -> Any:
-    *above, last = path.split(".")
-    return getattr(traced.get_submodule(".".join(above)), last)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (int, float)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, dict):
-        yield from _numbers(list(value.values()))

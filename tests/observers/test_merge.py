@@ -53,3 +53,12 @@ def test_records_without_their_details_are_refused():
 def test_records_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 2\) and \(1, 3\)"):
         observe(torch.ones(2, 2)).merge(observe(torch.ones(2, 3)))
+
+
+def test_merged_bins_are_as_wide_as_the_whole_range_wants_where_the_sample_missed_its_ends():
+    x = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
+    a, b = x[:2].clone(), x[2:].clone()
+    a[0, 5017], b[0, 5017] = -500.0, 500.0  # an element of those that the histogram does not count
+    merged, whole = observe(a).merge(observe(b)), observe(torch.cat([a, b]))
+    assert merged.max == 500.0 > merged.histogram.edges[-1]
+    assert merged.histogram.exponent == whole.histogram.exponent
