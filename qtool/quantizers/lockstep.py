@@ -1,0 +1,143 @@
+"""A float network and its quantized form walked side by side, layer by layer, on the same images.
+
+At each quantized layer with weights both networks stand in front of it: what it reads in float and what
+it reads behind a quantized prefix are there for all images. Its integers or its bias may be changed
+before the quantized network goes on, so that later layers see the change. The whole costs one run of
+both networks, whatever is done at the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx, nn
+
+from qtool.graph.edit import with_parameters
+from qtool.graph.fold import Folded
+from qtool.graph.trace import copy_graph, layers
+from qtool.graph.walk import Walk
+from qtool.numerics.affine import dequantize_centered
+from qtool.numerics.spec import QParams
+from qtool.quantizers.plan import INTEGER, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
+from qtool.quantizers.plan.derived import grids_read, value_grids, with_accumulator
+from qtool.quantizers.prepare import build, build_layer
+from qtool.quantizers.weights import fake_quantize_bias
+
+# Layers whose weights are on a grid.
+HAS_INTEGERS = (INTEGER, WEIGHTS_ONLY)
+
+
+class Moment:
+    """Both networks in front of one layer.
+
+    Attributes:
+        name: of the layer.
+        module: the layer of the float reference.
+        plan: what became of it.
+    """
+
+    def __init__(self, lockstep: Lockstep, name: str, module: nn.Module) -> None:
+        self._lockstep = lockstep
+        self.name = name
+        self.module = module
+        self.plan: LayerPlan = lockstep.plan.layers[name]
+
+    @cached_property
+    def float_inputs(self) -> list[Tensor]:
+        """What the layer reads in the float network, for each batch; not to be written to."""
+        return [args[0] for args, _ in self._lockstep.float_walk.arguments(self._lockstep.node(self.name))]
+
+    @cached_property
+    def quant_inputs(self) -> list[Tensor]:
+        """The float values of what it reads in the quantized network, for each batch."""
+        node = self._lockstep.quant_node(self.name)
+        found = [args[0] for args, _ in self._lockstep.quant_walk.arguments(node)]
+        grid = self._lockstep.input_grid(self.name)
+        return found if grid is None else [dequantize_centered(x, grid) for x in found]
+
+
+class Lockstep:
+    """Two networks and the batches that go through both.
+
+    Args:
+        reference: the float network, batch norms folded, whose outputs are wanted.
+        folded: the one that the plan quantizes; other weights than those of the reference are allowed.
+        plan: static, of folded.
+        batches: inputs of the networks, which stay in memory with all values that are still needed.
+
+    Attributes:
+        folded, plan: with all changes so far; those that were given stay as they were.
+    """
+
+    def __init__(
+        self, reference: fx.GraphModule, folded: Folded, plan: ModelPlan, batches: Sequence[Tensor]
+    ) -> None:
+        self.reference = reference
+        self.folded = Folded(copy_graph(folded.traced), folded.pairs)
+        self.plan = plan
+        self.network = build(self.folded, plan).network
+        self.float_walk = Walk(reference, batches)
+        self.quant_walk = Walk(self.network, batches)
+        self._grids = value_grids(self.folded.traced, plan.layers)
+        self._float_nodes = {name: node for name, node, _ in layers(reference)}
+        self._quant_nodes: dict[str, fx.Node] = {
+            n.meta["layer"]: n for n in self.network.graph.nodes if "layer" in n.meta
+        }
+        self._own_nodes = {name: node for name, node, _ in layers(self.folded.traced)}
+
+    def node(self, name: str) -> fx.Node:
+        """A layer's node in the float reference."""
+        return self._float_nodes[name]
+
+    def quant_node(self, name: str) -> fx.Node:
+        """A layer's node in the quantized network."""
+        return self._quant_nodes[name]
+
+    def input_grid(self, name: str) -> QParams | None:
+        """The grid on which a layer reads its input; None for float."""
+        plan = self.plan.layers[name]
+        return grids_read(self._own_nodes[name], plan, self._grids)[0] if plan.kind == INTEGER else None
+
+    def moments(self) -> Iterator[Moment]:
+        """Every layer with integer weights, in the order of execution, both networks in front of it."""
+        for name, node, module in layers(self.reference):
+            plan = self.plan.layers[name]
+            if plan.kind not in HAS_INTEGERS or node.meta["op"] not in WEIGHTED:
+                continue
+            self.float_walk.before(node)
+            self.quant_walk.before(self.quant_node(name))
+            yield Moment(self, name, module)
+
+    def change(self, name: str, weight_q: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Give a layer other integers or another bias; the quantized network must not have run it yet.
+
+        Args:
+            name: of the layer.
+            weight_q: integers on the grid of its weight, output channels first, in the dtype of those it has.
+            bias: (C,), float.
+        """
+        module = self.folded.traced.get_submodule(name)
+        if bias is not None:
+            module = with_parameters(module, bias=bias)
+            self.folded.traced.set_submodule(name, module)
+        plan = self.plan.layers[name]
+        if weight_q is not None:
+            plan = replace(plan, weight_q=weight_q)
+        grid = self.input_grid(name)
+        if grid is not None:
+            plan = with_accumulator(plan, grid, getattr(module, "bias", None))
+        elif bias is not None:
+            plan = replace(plan, bias=fake_quantize_bias(bias, plan.accum_bits))
+        self.plan = replace(self.plan, layers={**self.plan.layers, name: plan})
+        node = self._own_nodes[name]
+        read = grids_read(node, plan, self._grids)
+        self.network.set_submodule(name, build_layer(module, plan, read, node).eval().requires_grad_(False))
+
+
+def float_bias(module: nn.Module, channels: int) -> Tensor:
+    """A layer's bias, or zeros where it has none; (C,)."""
+    bias = getattr(module, "bias", None)
+    return torch.zeros(channels) if bias is None else bias.detach()
