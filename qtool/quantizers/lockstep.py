@@ -83,9 +83,8 @@ class Lockstep:
         self.quant_walk = Walk(self.network, batches)
         self._grids = value_grids(self.folded.traced, plan.layers)
         self._float_nodes = {name: node for name, node, _ in layers(reference)}
-        self._quant_nodes: dict[str, fx.Node] = {
-            n.meta["layer"]: n for n in self.network.graph.nodes if "layer" in n.meta
-        }
+        quantized = [node for node in self.network.graph.nodes if "layer" in node.meta]
+        self._quant_nodes: dict[str, fx.Node] = {node.meta["layer"]: node for node in quantized}
         self._own_nodes = {name: node for name, node, _ in layers(self.folded.traced)}
 
     def node(self, name: str) -> fx.Node:
