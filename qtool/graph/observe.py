@@ -21,14 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from qtool.errors import StatsError
 from qtool.graph import ops
 from qtool.graph.axes import batch_axis, channel_axis
-from qtool.graph.fast import Fast
+from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
 from qtool.observers.kernels import CACHED, Extremes, as_rows
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums
-from qtool.observers.tensor import Chunk, NotFinite, TensorObserver
+from qtool.observers.tensor import Chunk, Clamp, NotFinite, TensorObserver
 
 LOG = logging.getLogger("qtool")
 
@@ -108,22 +108,38 @@ class Observation:
         watched = {key: w.observer for key, w in self.watches.items() if w.observer is not None}
         return {name: o.pivot for name, o in watched.items() if o.pivot is not None}
 
-    def see(self, watch: _Watch, x: Tensor) -> None:
-        """Give one tensor of the present chunk to its observer."""
+    def see(self, watch: _Watch, x: Tensor, clamped: _Watch | None = None) -> None:
+        """Give one tensor of the present chunk to its observer.
+
+        Args:
+            watch: of the tensor.
+            x: the tensor.
+            clamped: of what an activation function makes of it; that is written over x, while parts of
+                it are in the cache.
+        """
         assert self.chunk is not None
-        x = x.detach().float()
-        if watch.observer is None:
-            self._start(watch, x)
-        assert watch.observer is not None
+        values = x.detach().float()
         if self._scratch is None or self._scratch.device != x.device:
             self._scratch = torch.empty(CACHED, device=x.device)
+        observer, clamp = self._observer(watch, values), None
+        if clamped is not None:
+            limits = INTERVALS[str(clamped.node.meta["op"])]
+            clamp = Clamp(*limits, self._observer(clamped, values))
         try:
-            rows = as_rows(x, self.chunk.images, watch.axis, channel_axis(watch.seen))
-            watch.observer.update(rows, self.chunk, self._scratch, self._known(watch))
+            rows = as_rows(values, self.chunk.images, watch.axis, channel_axis(watch.seen))
+            observer.update(rows, self.chunk, self._scratch, self._known(watch), clamp)
         except NotFinite as error:
             raise NonFiniteError(watch.where, error.image, str(error)) from error
         except ValueError as error:
             raise StatsError(f"calibration: {watch.where}: {error}") from error
+        if clamp is not None and rows.values.data_ptr() != x.data_ptr():  # rows were a copy
+            x.clamp_(clamp.low, clamp.high)
+
+    def _observer(self, watch: _Watch, x: Tensor) -> TensorObserver:
+        if watch.observer is None:
+            self._start(watch, x)
+        assert watch.observer is not None
+        return watch.observer
 
     def _start(self, watch: _Watch, x: Tensor) -> None:
         assert self.chunk is not None
@@ -182,7 +198,13 @@ def observe(
     observation = Observation(network, batchwise, pivots or {})
     handles: list[RemovableHandle] = []
     watches = observation.watches
+    written_over = _written_over(network.traced)
+    activations = {
+        node.meta["layer"]: network.traced.get_submodule(node.meta["layer"]) for node in written_over.values()
+    }
     try:
+        for name in activations:
+            network.traced.set_submodule(name, nn.Identity())
         for name, node, module in layers(network.traced):
             fresh = []
             for index, source in enumerate(tensor_inputs(node)):
@@ -195,11 +217,25 @@ def observe(
                 handles.append(_watch_inputs(observation, module, fresh))
             if _gives_record(node):
                 watches[node.name] = _Watch(node.name, node, node, f"the output of layer {name!r}")
-                handles.append(_watch_output(observation, module, watches[node.name]))
+                if name not in activations:
+                    handles.append(
+                        _watch_output(observation, module, watches[node.name], written_over.get(node))
+                    )
         yield observation
     finally:
         for handle in handles:
             handle.remove()
+        for name, activation in activations.items():
+            network.traced.set_submodule(name, activation)
+
+
+def _written_over(traced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Nodes whose result an activation function writes over, and its node."""
+    return {
+        node.all_input_nodes[0]: node
+        for _, node, module in layers(traced)
+        if isinstance(module, tuple(IN_PLACE.values())) and module.inplace
+    }
 
 
 def example_size(traced: fx.GraphModule) -> int:
@@ -280,8 +316,10 @@ def _watch_inputs(
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _watch_output(observation: Observation, module: nn.Module, watch: _Watch) -> RemovableHandle:
+def _watch_output(
+    observation: Observation, module: nn.Module, watch: _Watch, activation: fx.Node | None
+) -> RemovableHandle:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        observation.see(watch, output)
+        observation.see(watch, output, None if activation is None else observation.watches[activation.name])
 
     return module.register_forward_hook(hook)

@@ -18,7 +18,11 @@ from torch import Tensor
 LANES = 32
 # Elements that stay in a core's own cache between two operations on them.
 CACHED = 1 << 18
-# Columns in which sums are taken: float32 is exact enough for the few elements of one.
+# Elements whose squares are added up in float32.
+ROW = 1 << 14
+# What has to be left of a difference of two sums of squares, as a share of the first; both are good to 1e-7.
+LEFT = 0.05
+# Columns in which sums of small deviations are taken: float32 is exact enough for the few elements of one.
 WIDE = 1 << 12
 
 
@@ -36,13 +40,17 @@ class Rows:
     channels_last: bool
     images: int
 
-    def groups(self, elements: int) -> list[Rows]:
-        """The same in groups of whole images of about so many elements, one image at least."""
-        parts = len(self.values) // self.images
-        each = self.values.numel() // self.images
-        together = max(1, elements // max(1, each))
-        pieces = torch.split(self.values, together * parts)
-        return [Rows(piece, self.channels_last, len(piece) // parts) for piece in pieces]
+    def parts(self, elements: int) -> list[Tensor]:
+        """The values in pieces of about so many elements, each (n, R', C) or (n, C, R) like the whole.
+
+        An image that is larger is cut along R where its channels are last, into equal pieces if R can be.
+        """
+        values, whole = self.values, self.values.shape[1] * self.values.shape[2]
+        if self.channels_last and whole > elements:
+            r, c = values.shape[1:]
+            cuts = next((k for k in range(-(-whole // elements), r // 4) if r % k == 0), 1)
+            values, whole = values.view(-1, r // cuts, c), whole // cuts
+        return list(torch.split(values, max(1, elements // max(1, whole))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +68,11 @@ class Extremes:
     channel_max: Tensor
 
     @classmethod
-    def of_all(cls, parts: list[Extremes]) -> Extremes:
-        """Those of several groups of images together."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            torch.cat([p.image_min for p in parts]),
-            torch.cat([p.image_max for p in parts]),
-            torch.stack([p.channel_min for p in parts]).amin(0),
-            torch.stack([p.channel_max for p in parts]).amax(0),
-        )
+    def of_parts(cls, lows: list[Tensor], highs: list[Tensor], images: int) -> Extremes:
+        """Those of a chunk of images, from what rows_extremes gives of its parts, in order."""
+        low, high = torch.cat(lows), torch.cat(highs)
+        of_images = low.reshape(images, -1).amin(1), high.reshape(images, -1).amax(1)
+        return cls(*(v.cpu() for v in (*of_images, low.amin(0), high.amax(0))))
 
     def clamped(self, low: float, high: float) -> Extremes:
         """Those of the values after a clamp to [low, high]."""
@@ -116,15 +119,21 @@ def extremes(rows: Rows) -> Extremes:
 
     NaN in an image makes both of its values NaN.
     """
-    x = rows.values
-    if rows.channels_last:
-        low, high = _outer(x, torch.amin), _outer(x, torch.amax)  # (N * S, C)
-    elif x.shape[2] == 1:
-        low = high = x[:, :, 0]
-    else:
-        low, high = x.amin(2), x.amax(2)
-    images = low.reshape(rows.images, -1).amin(1), high.reshape(rows.images, -1).amax(1)
-    return Extremes(*(v.cpu() for v in (*images, low.amin(0), high.amax(0))))
+    low, high = rows_extremes(rows.values, rows.channels_last)
+    return Extremes.of_parts([low], [high], rows.images)
+
+
+def rows_extremes(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over the inner rows of (n, R, C), or over the last axis of (n, C, R).
+
+    Returns:
+        (n, C) each.
+    """
+    if channels_last:
+        return _outer(x, torch.amin), _outer(x, torch.amax)
+    if x.shape[2] == 1:
+        return x[:, :, 0], x[:, :, 0]
+    return x.amin(2), x.amax(2)
 
 
 def _outer(x: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -143,12 +152,30 @@ def _outer(x: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
 def mean_and_squares(x: Tensor) -> tuple[float, float]:
     """Mean of all elements, and sum of their squared deviations from it.
 
-    Batch norm's own kernel gives mean and variance of each column in two passes over cached data. It adds
-    up in float32, so the elements are laid out as WIDE columns of few elements, which are put together
-    in float64.
+    The second is the difference of two sums; where little is left of it, it is measured otherwise.
 
     Args:
         x: (K,) float32, contiguous.
+    """
+    count = len(x)
+    whole = count // ROW * ROW
+    mean = float(x.sum()) / count
+    squares = float(x[whole:].double().square_().sum()) if whole < count else 0.0
+    if whole:
+        norms = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1).cpu().numpy()
+        squares += float(np.square(norms, dtype=np.float64).sum())
+    spread = squares - count * mean**2
+    if spread < LEFT * squares:
+        return _mean_and_small_squares(x)
+    return mean, spread
+
+
+def _mean_and_small_squares(x: Tensor) -> tuple[float, float]:
+    """The same for values that lie close together, far from zero.
+
+    Batch norm's own kernel gives mean and variance of each column in two passes over cached data. It adds
+    up in float32, so the elements are laid out as WIDE columns of few elements, which are put together
+    in float64.
     """
     whole = len(x) // WIDE * WIDE
     parts, weights, within = [x[whole:].double().cpu().numpy()], [1], 0.0
@@ -174,6 +201,5 @@ def sum_above(x: Tensor, pivot: float, scratch: Tensor) -> float:
     """
     total = 0.0
     for part in torch.split(x, CACHED):
-        out = torch.sub(part, pivot, out=scratch[: len(part)])
-        total += float(out.clamp_(min=0).sum())
-    return total
+        total += float(torch.clamp_min(part, pivot, out=scratch[: len(part)]).sum())
+    return total - len(x) * pivot

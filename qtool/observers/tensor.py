@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.numerics.histogram import MAX_BINS, Histogram, bins_of_range
-from qtool.observers.kernels import Extremes, Rows, extremes, mean_and_squares, sum_above
+from qtool.observers.kernels import Extremes, Rows, mean_and_squares, rows_extremes, sum_above
 from qtool.observers.sums import TensorSums
 
 # Elements of each image that the histogram counts, and how many of them lie side by side.
 SAMPLE = 4096
 BLOCK = 16
 # Elements of which all is computed before the next are touched, so that they are read from memory once.
-TOGETHER = 1 << 20
+TOGETHER = 1 << 21
 
 
 class NotFinite(ValueError):
@@ -54,6 +54,20 @@ class Chunk:
     images: int
 
 
+@dataclass(frozen=True)
+class Clamp:
+    """An activation function that only cuts off, and the observer of what it gives.
+
+    Args:
+        low, high: its limits.
+        observer: takes in what is left.
+    """
+
+    low: float
+    high: float
+    observer: TensorObserver
+
+
 @dataclass
 class TensorObserver:
     """Gathers the sums of one tensor, chunk by chunk.
@@ -74,7 +88,14 @@ class TensorObserver:
     _chunks: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)
     _counts: RunningHistogram = field(default_factory=lambda: RunningHistogram())
 
-    def update(self, rows: Rows, chunk: Chunk, scratch: Tensor, known: Extremes | None = None) -> None:
+    def update(
+        self,
+        rows: Rows,
+        chunk: Chunk,
+        scratch: Tensor,
+        known: Extremes | None = None,
+        clamp: Clamp | None = None,
+    ) -> None:
         """Take in a chunk.
 
         Args:
@@ -82,36 +103,64 @@ class TensorObserver:
             chunk: which images these are.
             scratch: (CACHED,) float32, overwritten.
             known: the extremes, where they follow from those of another tensor.
+            clamp: written over the values once they are taken in, and observed too.
 
         Raises:
             NotFinite: if it holds NaN or infinity.
         """
         x = rows.values
-        first = chunk.first if rows.images == chunk.images else chunk.number
-        sums = np.zeros(3)
-        found = []
-        for part in rows.groups(TOGETHER):
-            found.append(extremes(part) if known is None else known)
-            sums += self._deviations(part.values.reshape(-1), found[-1], first, scratch)
-        whole = known or Extremes.of_all(found)
-        self._numel += x.numel()
-        self._note_images(chunk.number, first, whole, sums)
+        sample = _sample(x.reshape(rows.images, -1), chunk.number)
+        sums, clamped_sums = np.zeros(3), np.zeros(3)
+        lows: list[Tensor] = []
+        highs: list[Tensor] = []
+        for part in rows.parts(TOGETHER):
+            if known is None:
+                low, high = rows_extremes(part, rows.channels_last)
+                lows.append(low)
+                highs.append(high)
+            flat = part.reshape(-1)
+            sums += self._deviations(flat, scratch)
+            if clamp is not None:
+                clamped_sums += clamp.observer._deviations(flat.clamp_(clamp.low, clamp.high), scratch)
+        whole = known or Extremes.of_parts(lows, highs, rows.images)
+        if not np.isfinite(sums).all():
+            _refuse_infinite(whole, self._first_of(rows, chunk))
+        self._take_in(rows, chunk, whole, sums, sample)
+        if clamp is not None:
+            limits = clamp.low, clamp.high
+            clamp.observer._take_in(rows, chunk, whole.clamped(*limits), clamped_sums, sample.clamp(*limits))
+
+    def _take_in(
+        self, rows: Rows, chunk: Chunk, whole: Extremes, sums: NDArray[np.float64], sample: Tensor
+    ) -> None:
+        self._numel += rows.values.numel()
+        self._note_images(chunk.number, self._first_of(rows, chunk), whole, sums)
         self._note_channels(whole)
         self.latest = (chunk.number, whole)
-        self._counts.update(_sample(x.reshape(rows.images, -1), chunk.number), whole)
+        self._counts.update(sample, whole)
 
-    def _deviations(
-        self, x: Tensor, found: Extremes, first: int, scratch: Tensor
-    ) -> tuple[float, float, float]:
+    @staticmethod
+    def _first_of(rows: Rows, chunk: Chunk) -> int:
+        """The number of the first image; of the chunk, where images are not told apart."""
+        return chunk.first if rows.images == chunk.images else chunk.number
+
+    def _deviations(self, x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
         """Sums of x - pivot, of its square, and of its positive part; x is (K,)."""
         mean, squares = mean_and_squares(x)
         if not math.isfinite(squares):
-            _refuse_infinite(found, first)
-            mean, squares = _in_float64(x)
+            return self._deviations_in_float64(x)
         if self.pivot is None:
             self.pivot = mean
         shift = mean - self.pivot
         return len(x) * shift, squares + len(x) * shift**2, sum_above(x, self.pivot, scratch)
+
+    def _deviations_in_float64(self, x: Tensor) -> tuple[float, float, float]:
+        """The same of values whose squares are beyond float32; not finite if x is not."""
+        wide = x.double()
+        if self.pivot is None:
+            self.pivot = float(wide.mean())
+        off = wide - self.pivot
+        return float(off.sum()), float(off.square().sum()), float(off.clamp(min=0).sum())
 
     def _note_images(self, number: int, first: int, found: Extremes, sums: NDArray[np.float64]) -> None:
         low, high = found.image_min, found.image_max
@@ -169,7 +218,8 @@ class RunningHistogram:
         low, high = float(found.channel_min.min()), float(found.channel_max.max())
         if low < self._low or high > self._high:
             self._widen(low, high)
-        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().to(torch.int64).sub_(self._first)
+        # Bin numbers are exact in float32, and few enough for the smallest type that bincount takes quickly.
+        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
         self._counts += torch.bincount(index, minlength=len(self._counts)).cpu()
 
     def _widen(self, low: float, high: float) -> None:
@@ -206,10 +256,3 @@ def _refuse_infinite(found: Extremes, first: int) -> None:
     finite = torch.isfinite(found.image_min) & torch.isfinite(found.image_max)
     if not bool(finite.all()):
         raise NotFinite(first + int((~finite).nonzero()[0]))
-
-
-def _in_float64(x: Tensor) -> tuple[float, float]:
-    """Mean and squared deviations of values whose squares are beyond float32."""
-    wide = x.double()
-    mean = wide.mean()
-    return float(mean), float((wide - mean).square_().sum())

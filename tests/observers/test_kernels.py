@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.observers.kernels import CACHED, WIDE, as_rows, extremes, mean_and_squares, sum_above
+from qtool.observers.kernels import (
+    CACHED,
+    WIDE,
+    Extremes,
+    as_rows,
+    extremes,
+    mean_and_squares,
+    rows_extremes,
+    sum_above,
+)
 
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=4)
 
@@ -61,15 +70,28 @@ def test_nan_in_an_image_shows_in_its_extremes(channels_last):
     assert extremes(as_rows(x, 3, 0, 1)).image_max.isnan().tolist() == [False, True, False]
 
 
-def test_groups_hold_whole_images():
-    x = torch.arange(5 * 2 * 3 * 4.0).reshape(10, 3, 4)
-    groups = as_rows(x, 5, 0, 2).groups(2 * 24)
-    assert [g.images for g in groups] == [2, 2, 1]
-    assert torch.equal(torch.cat([g.values for g in groups]).flatten(), x.flatten())
+@pytest.mark.parametrize(
+    ("elements", "shapes"), [(48, [(2, 4, 6), (2, 4, 6), (1, 4, 6)]), (24, [(1, 4, 6)] * 5)]
+)
+def test_parts_hold_whole_images_where_they_fit(elements, shapes):
+    x = torch.arange(5 * 4 * 6.0).reshape(5, 4, 6)
+    parts = as_rows(x, 5, 0, 2).parts(elements)
+    assert [tuple(part.shape) for part in parts] == shapes
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), x.flatten())
+
+
+def test_a_large_image_is_cut_into_equal_parts():
+    x = torch.randn(2, 7, 8, 6).contiguous(memory_format=torch.channels_last)
+    rows = as_rows(x, 2, 0, 1)
+    parts = rows.parts(100)
+    assert [tuple(part.shape) for part in parts] == [(1, 12, 7)] * 8
+    found = Extremes.of_parts(*zip(*(rows_extremes(p, True) for p in parts), strict=True), images=2)
+    assert torch.equal(found.image_max, x.flatten(1).amax(1))
+    assert torch.equal(found.channel_min, x.amin((0, 2, 3)))
 
 
 @pytest.mark.parametrize("count", [1, 100, WIDE, 3 * WIDE + 17, 2**20])
-@pytest.mark.parametrize("shift", [0.0, 50.0])
+@pytest.mark.parametrize("shift", [0.0, 3.0, 50.0])
 def test_mean_and_squares_are_those_of_float64(count, shift):
     x = torch.randn(count, generator=torch.Generator().manual_seed(count)) + shift
     mean, squares = mean_and_squares(x)
