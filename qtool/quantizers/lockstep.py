@@ -100,23 +100,35 @@ class Lockstep:
         plan = self.plan.layers[name]
         return grids_read(self._own_nodes[name], plan, self._grids)[0] if plan.kind == INTEGER else None
 
-    def moments(self) -> Iterator[Moment]:
-        """Every layer with integer weights, in the order of execution, both networks in front of it."""
+    def moments(self, quantized: bool = True) -> Iterator[Moment]:
+        """Every layer with integer weights, in the order of execution, both networks in front of it.
+
+        Args:
+            quantized: whether the quantized network runs; without it there are no quant_inputs.
+        """
         for name, node, module in layers(self.reference):
             plan = self.plan.layers[name]
             if plan.kind not in HAS_INTEGERS or node.meta["op"] not in WEIGHTED:
                 continue
             self.float_walk.before(node)
-            self.quant_walk.before(self.quant_node(name))
+            if quantized:
+                self.quant_walk.before(self.quant_node(name))
             yield Moment(self, name, module)
 
-    def change(self, name: str, weight_q: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Give a layer other integers or another bias; the quantized network must not have run it yet.
+    def change(
+        self,
+        name: str,
+        weight_q: Tensor | None = None,
+        bias: Tensor | None = None,
+        weight: QParams | None = None,
+    ) -> None:
+        """Give a layer other integers, bias or grid; the quantized network must not have run it yet.
 
         Args:
             name: of the layer.
             weight_q: integers on the grid of its weight, output channels first, in the dtype of those it has.
             bias: (C,), float.
+            weight: the grid of its weight, of the same bits and mode; the integers stay.
         """
         module = self.folded.traced.get_submodule(name)
         if bias is not None:
@@ -125,6 +137,8 @@ class Lockstep:
         plan = self.plan.layers[name]
         if weight_q is not None:
             plan = replace(plan, weight_q=weight_q)
+        if weight is not None:
+            plan = replace(plan, weight=weight)
         grid = self.input_grid(name)
         if grid is not None:
             plan = with_accumulator(plan, grid, getattr(module, "bias", None))
