@@ -12,7 +12,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,7 @@ from qtool.algorithms.channel_means import MeanInput, Spread, mean_output
 from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
 from qtool.graph.control import is_steered
 from qtool.graph.fold import Folded, output_channels_first, restore_layout
-from qtool.graph.walk import Walk
-from qtool.numerics.affine import along_axis, dequantize_centered
+from qtool.numerics.affine import along_axis
 from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
 from qtool.quantizers.modules import weighted_function
@@ -223,12 +222,10 @@ def _shift(walked: Lockstep, moment: Moment, same_inputs: bool) -> tuple[Tensor,
     weight = effective_weight(
         walked.plan.layers[name], walked.folded.traced.get_submodule(name), walked.input_grid(name)
     )
-    read = MeanInput.of(module, _read(walked.float_walk, walked.node(name)))
+    read = MeanInput.of(module, walked.float_inputs(name))
     read_q = read
     if not same_inputs:
-        read_q = MeanInput.of(
-            module, _read(walked.quant_walk, walked.quant_node(name), walked.input_grid(name))
-        )
+        read_q = MeanInput.of(module, walked.quant_inputs(name))
     wanted = mean_output(read, compute, _weight(module)) + float_bias(module, len(_bias(walked, name)))
     return wanted - mean_output(read_q, compute, weight) - _bias(walked, name), _output_std(walked, moment)
 
@@ -237,12 +234,6 @@ def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _read(walk: Walk, node: fx.Node, grid: QParams | None = None) -> Iterator[Tensor]:
-    """What a layer reads, batch by batch, as float values."""
-    for (x, *_), _ in walk.arguments(node):
-        yield x if grid is None else dequantize_centered(x, grid)
 
 
 def _output_std(walked: Lockstep, moment: Moment) -> Tensor:
@@ -261,9 +252,11 @@ def _applied(
     """Add to a layer's bias what may be added; what was done, or why nothing was."""
     if not bool(torch.isfinite(shift).all() and torch.isfinite(std).all()):
         return NOT_FINITE
-    shift, beyond = guarded(shift, std, max_shift)
     old = _bias(lockstep, name).double()
-    saturated = ~beyond & _saturates(lockstep.plan.layers[name], old + shift)
+    # What float32 cannot tell from the bias is no shift: channels without weights have no spread either.
+    shift = torch.where((old + shift).float() == old.float(), 0.0, shift)
+    shift, beyond = guarded(shift, std, max_shift)
+    saturated = ~beyond & saturates(lockstep.plan.layers[name], old + shift)
     kept = []
     if bool(beyond.any()):
         kept.append(f"{int(beyond.sum())} off by more than {max_shift:g} standard deviations")
@@ -278,8 +271,8 @@ def _applied(
     return LayerChange(name, relative_change(new, old), note)
 
 
-def _saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
-    """Whether each channel's bias is beyond the accumulator's ends, (C,) bool."""
+def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
+    """Whether each channel's bias, (C,), is beyond the ends of the layer's accumulator; (C,) bool."""
     if plan.accum_scale is None:
         return torch.zeros(len(bias), dtype=torch.bool)  # on a grid of its own, wide enough for all
     return (bias / plan.accum_scale).abs() > 2.0 ** (plan.accum_bits - 1) - 1

@@ -48,15 +48,12 @@ class Moment:
     @cached_property
     def float_inputs(self) -> list[Tensor]:
         """What the layer reads in the float network, for each batch; not to be written to."""
-        return [args[0] for args, _ in self._lockstep.float_walk.arguments(self._lockstep.node(self.name))]
+        return list(self._lockstep.float_inputs(self.name))
 
     @cached_property
     def quant_inputs(self) -> list[Tensor]:
         """The float values of what it reads in the quantized network, for each batch."""
-        node = self._lockstep.quant_node(self.name)
-        found = [args[0] for args, _ in self._lockstep.quant_walk.arguments(node)]
-        grid = self._lockstep.input_grid(self.name)
-        return found if grid is None else [dequantize_centered(x, grid) for x in found]
+        return list(self._lockstep.quant_inputs(self.name))
 
 
 class Lockstep:
@@ -99,6 +96,17 @@ class Lockstep:
         """The grid on which a layer reads its input; None for float."""
         plan = self.plan.layers[name]
         return grids_read(self._own_nodes[name], plan, self._grids)[0] if plan.kind == INTEGER else None
+
+    def float_inputs(self, name: str) -> Iterator[Tensor]:
+        """What a layer reads in the float network, which stands in front of it, batch by batch."""
+        for args, _ in self.float_walk.arguments(self.node(name)):
+            yield args[0]
+
+    def quant_inputs(self, name: str) -> Iterator[Tensor]:
+        """The float values of what it reads in the quantized network, batch by batch."""
+        grid = self.input_grid(name)
+        for args, _ in self.quant_walk.arguments(self.quant_node(name)):
+            yield args[0] if grid is None else dequantize_centered(args[0], grid)
 
     def moments(self, quantized: bool = True) -> Iterator[Moment]:
         """Every layer with integer weights, in the order of execution, both networks in front of it.
