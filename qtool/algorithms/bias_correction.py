@@ -196,7 +196,7 @@ def _corrected(
         if moment.name not in layers:
             continue
         shift, std = _shift(walked, moment, same_inputs)
-        found = _applied(lockstep, moment.name, shift, std, settings.max_shift)
+        found = apply_shift(lockstep, moment.name, shift, std, settings.max_shift)
         if isinstance(found, str):
             left[moment.name] = found
             continue
@@ -246,11 +246,22 @@ def _output_std(walked: Lockstep, moment: Moment) -> Tensor:
     return spread.std
 
 
-def _applied(
+def apply_shift(
     lockstep: Lockstep, name: str, shift: Tensor, std: Tensor, max_shift: float
 ) -> LayerChange | str:
-    """Add to a layer's bias what may be added; what was done, or why nothing was."""
-    if not bool(torch.isfinite(shift).all() and torch.isfinite(std).all()):
+    """Add to a layer's bias what may be added.
+
+    Args:
+        lockstep: of the layer; it is changed.
+        name: of the layer.
+        shift: (C,), float64.
+        std: (C,), of its float output; infinite where it is not known.
+        max_shift: in standard deviations, see guarded.
+
+    Returns:
+        What was done, or why nothing was.
+    """
+    if not bool(torch.isfinite(shift).all()) or bool(std.isnan().any()):
         return NOT_FINITE
     old = _bias(lockstep, name).double()
     # What float32 cannot tell from the bias is no shift: channels without weights have no spread either.
