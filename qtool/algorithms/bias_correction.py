@@ -13,7 +13,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,10 +28,13 @@ from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
 from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
 from qtool.quantizers.plan.weights_only import weights_only
+from qtool.quantizers.weights import weight_integers
 
 FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
 STEERED = "the network's code branches or loops by values, which cannot be walked layer by layer"
 NOT_FINITE = "it gives NaN or infinity"
+# An error that does not show, as a share of a bias.
+LITTLE = 1e-3
 Found = tuple[Folded, ModelPlan, CorrectionReport]
 
 
@@ -267,6 +270,7 @@ def apply_shift(
     # What float32 cannot tell from the bias is no shift: channels without weights have no spread either.
     shift = torch.where((old + shift).float() == old.float(), 0.0, shift)
     shift, beyond = guarded(shift, std, max_shift)
+    given_room = _make_room(lockstep, name, old + shift)
     saturated = ~beyond & saturates(lockstep.plan.layers[name], old + shift)
     kept = []
     if bool(beyond.any()):
@@ -274,12 +278,37 @@ def apply_shift(
     if bool(saturated.any()):
         bits = lockstep.plan.layers[name].accum_bits
         kept.append(f"{int(saturated.sum())} whose bias would saturate {bits} bits")
-    note = f"of {len(old)} channels, kept the bias of {' and of '.join(kept)}" if kept else ""
-    if bool((beyond | saturated).all()):
-        return note
+    notes = [f"of {len(old)} channels, kept the bias of {' and of '.join(kept)}"] if kept else []
+    if given_room:
+        notes.append(f"wider steps for {given_room} channels whose bias had saturated")
+    if bool((beyond | saturated).all()) and not given_room:
+        return notes[0]
     new = torch.where(saturated, old, old + shift).float()
     lockstep.change(name, bias=new)
-    return LayerChange(name, relative_change(new, old), note)
+    return LayerChange(name, relative_change(new, old), "; ".join(notes))
+
+
+def _make_room(lockstep: Lockstep, name: str, bias: Tensor) -> int:
+    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were.
+
+    A channel with weights of about zero has steps so short that a 32-bit bias saturates, and is lost.
+    """
+    plan, grid = lockstep.plan.layers[name], lockstep.input_grid(name)
+    lacking = saturates(plan, bias)
+    if grid is None or plan.scale_approx_bits is not None or not bool(lacking.any()):
+        return 0
+    assert plan.weight is not None and plan.weight_q is not None
+    largest = max(abs(limit - float(grid.zero_point)) for limit in (grid.spec.quant_min, grid.spec.quant_max))
+    steps = 2.0 ** (plan.accum_bits - 1) - 1
+    # How far rounding to wider steps can move an output, as a share of the bias.
+    if plan.weight.spec.axis is None or plan.weight_q[0].numel() * largest / 2 / steps > LITTLE:
+        return 0
+    wider = (bias.abs() * (1 + 1e-6) / steps / grid.scale.double()).float()
+    weight = replace(plan.weight, scale=torch.where(lacking, wider, plan.weight.scale))
+    integers = weight_integers(lockstep.folded.traced.get_submodule(name), weight)
+    rows = along_axis(lacking, 0, integers.dim())
+    lockstep.change(name, weight_q=torch.where(rows, integers, plan.weight_q), weight=weight)
+    return int(lacking.sum())
 
 
 def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:

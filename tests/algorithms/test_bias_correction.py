@@ -195,6 +195,21 @@ def test_a_bias_that_would_saturate_the_accumulator_is_not_given(tiny_net, tiny_
     assert not torch.equal(plan.layers["fc"].bias_q[1:], layer.bias_q[1:])
 
 
+def test_channels_without_weights_keep_their_bias_by_wider_steps(tiny_net, tiny_batches, planned):
+    """A channel with weights of 1e-14 had steps of 1e-18, in which 32 bits hold no bias of 2."""
+    tiny_net.fc.weight.data[3] *= 1e-13
+    tiny_net.fc.bias.data[3] = 2.0
+    case = planned(tiny_net, tiny_batches, per_channel_weights=True)
+    outputs = [build(case.folded, case.plan)(tiny_batches[0])[:, 3]]
+    folded, plan, report = correct_bias(*case.given, layers=["fc"])
+    outputs.append(build(folded, plan)(tiny_batches[0])[:, 3])
+    errors = [float((y - 2).abs().max()) for y in outputs]
+    assert errors[0] > 1.9 and errors[1] <= float(plan.layers["fc"].output.scale) / 2
+    assert report.changed[0].note == "wider steps for 1 channels whose bias had saturated"
+    same = plan.layers["fc"].weight.scale == case.plan.layers["fc"].weight.scale
+    assert same.logical_not().nonzero().flatten().tolist() == [3]
+
+
 @pytest.mark.parametrize("settings", [{}, {"per_channel_weights": True}, {"scale_approx_bits": 3}], ids=str)
 def test_the_effective_weight_is_what_the_quantized_layer_computes_with(settings, planned):
     generator = torch.Generator().manual_seed(0)
