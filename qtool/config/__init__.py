@@ -1,7 +1,7 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
 from qtool.config.conversion import check_conversion
-from qtool.config.layers import check, layer_specs
+from qtool.config.layers import check, layer_specs, own_settings
 from qtool.config.load import absolute_arch, dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
 from qtool.config.searches import check_search, refuse_given, with_settings_of_layers
@@ -40,6 +40,7 @@ __all__ = [
     "layer_specs",
     "load_config",
     "options_of",
+    "own_settings",
     "refuse_given",
     "with_settings_of_layers",
 ]

@@ -71,7 +71,7 @@ def check(config: QuantizeConfig) -> None:
         raise ConfigError(
             "--qe-stats-as-is: has an effect with --qe-stats-file only; add that, or leave it out"
         )
-    variants = [("", config)]
+    variants = [("", config), *_at_the_ends(config)]
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:
         _check_settings(where, settings)
@@ -80,6 +80,21 @@ def check(config: QuantizeConfig) -> None:
             _check_input(f"{where.removesuffix(': ')}.input_overrides.{index}: ", settings, given)
     for key in MODIFIERS:
         _check_effect(key, config, variants)
+
+
+def _at_the_ends(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
+    """The settings of the first and the last layer, where they are others."""
+    bits = config.first_last_bits
+    if bits is None:
+        return []
+    on_grids = [key for key in ("bits_weights", "bits_activations") if getattr(config, key)]
+    if not on_grids:
+        raise ConfigError(
+            "--first-last-bits: has no effect with --qe-bits-wts 0 and --qe-bits-acts 0, which leave all "
+            "layers in float; leave it out"
+        )
+    at_ends: dict[str, Any] = dict.fromkeys(on_grids, bits)
+    return [("--first-last-bits: ", replace(config, **at_ends))]
 
 
 # A setting that changes how another one works -> its flag, whether it has an effect, and why it has none.

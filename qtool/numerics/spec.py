@@ -179,6 +179,7 @@ class LayerSpec:
     Args:
         weight: grid of the weights, for the layers that have any.
         output: grid of the outputs.
+        input: grid of the inputs that arrive in float; None takes that of the output.
         inputs: for single inputs that arrive in float, by number; the others take the output's settings.
         input_fallback: whether they may; otherwise a float input without an entry is an error.
         quantize_inputs: whether a layer that computes in float puts its float inputs on a grid.
@@ -201,6 +202,7 @@ class LayerSpec:
 
     weight: QuantSpec | None = None
     output: QuantSpec | None = None
+    input: QuantSpec | None = None
     inputs: Mapping[int, InputSpec] = field(default_factory=dict)
     input_fallback: bool = True
     quantize_inputs: bool = True

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from qtool.config import QuantizeConfig, check, layer_specs
+from qtool.config import QuantizeConfig, check, layer_specs, own_settings
 from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.control import has_decisions
 from qtool.graph.fingerprint import check_network, fingerprint
@@ -31,6 +31,7 @@ from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.calibration import chunk_size, chunks, measure
+from qtool.pipeline.first_last import with_first_last_bits
 from qtool.pipeline.logits import logits_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
@@ -118,8 +119,15 @@ def specs_for(traced: fx.GraphModule, config: QuantizeConfig) -> dict[str, Layer
     """What a configuration asks of every layer of a network.
 
     Batch norms that will be folded are layers too: a pattern may name one, to no effect.
+
+    Raises:
+        ConfigError: if a pattern matches nothing, or first and last layers are asked for and there are none.
     """
-    return layer_specs(config, [name for name, _, _ in traced_layers(traced)])
+    names = [name for name, _, _ in traced_layers(traced)]
+    specs = layer_specs(config, names)
+    if config.first_last_bits is None:
+        return specs
+    return with_first_last_bits(traced, specs, config.first_last_bits, own_settings(config, names))
 
 
 def evaluate(

@@ -48,15 +48,12 @@ class Moment:
     @cached_property
     def float_inputs(self) -> list[Tensor]:
         """What the layer reads in the float network, for each batch; not to be written to."""
-        return [args[0] for args, _ in self._lockstep.float_walk.arguments(self._lockstep.node(self.name))]
+        return list(self._lockstep.float_inputs(self.name))
 
     @cached_property
     def quant_inputs(self) -> list[Tensor]:
         """The float values of what it reads in the quantized network, for each batch."""
-        node = self._lockstep.quant_node(self.name)
-        found = [args[0] for args, _ in self._lockstep.quant_walk.arguments(node)]
-        grid = self._lockstep.input_grid(self.name)
-        return found if grid is None else [dequantize_centered(x, grid) for x in found]
+        return list(self._lockstep.quant_inputs(self.name))
 
 
 class Lockstep:
@@ -100,23 +97,46 @@ class Lockstep:
         plan = self.plan.layers[name]
         return grids_read(self._own_nodes[name], plan, self._grids)[0] if plan.kind == INTEGER else None
 
-    def moments(self) -> Iterator[Moment]:
-        """Every layer with integer weights, in the order of execution, both networks in front of it."""
+    def float_inputs(self, name: str) -> Iterator[Tensor]:
+        """What a layer reads in the float network, which stands in front of it, batch by batch."""
+        for args, _ in self.float_walk.arguments(self.node(name)):
+            yield args[0]
+
+    def quant_inputs(self, name: str) -> Iterator[Tensor]:
+        """The float values of what it reads in the quantized network, batch by batch."""
+        grid = self.input_grid(name)
+        for args, _ in self.quant_walk.arguments(self.quant_node(name)):
+            yield args[0] if grid is None else dequantize_centered(args[0], grid)
+
+    def moments(self, quantized: bool = True) -> Iterator[Moment]:
+        """Every layer with integer weights, in the order of execution, both networks in front of it.
+
+        Args:
+            quantized: whether the quantized network runs; without it there are no quant_inputs.
+        """
         for name, node, module in layers(self.reference):
             plan = self.plan.layers[name]
             if plan.kind not in HAS_INTEGERS or node.meta["op"] not in WEIGHTED:
                 continue
             self.float_walk.before(node)
-            self.quant_walk.before(self.quant_node(name))
+            if quantized:
+                self.quant_walk.before(self.quant_node(name))
             yield Moment(self, name, module)
 
-    def change(self, name: str, weight_q: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Give a layer other integers or another bias; the quantized network must not have run it yet.
+    def change(
+        self,
+        name: str,
+        weight_q: Tensor | None = None,
+        bias: Tensor | None = None,
+        weight: QParams | None = None,
+    ) -> None:
+        """Give a layer other integers, bias or grid; the quantized network must not have run it yet.
 
         Args:
             name: of the layer.
             weight_q: integers on the grid of its weight, output channels first, in the dtype of those it has.
             bias: (C,), float.
+            weight: the grid of its weight, of the same bits and mode; the integers stay.
         """
         module = self.folded.traced.get_submodule(name)
         if bias is not None:
@@ -125,6 +145,8 @@ class Lockstep:
         plan = self.plan.layers[name]
         if weight_q is not None:
             plan = replace(plan, weight_q=weight_q)
+        if weight is not None:
+            plan = replace(plan, weight=weight)
         grid = self.input_grid(name)
         if grid is not None:
             plan = with_accumulator(plan, grid, getattr(module, "bias", None))

@@ -1,5 +1,7 @@
 """The float and the quantized network walked side by side."""
 
+from dataclasses import replace
+
 import torch
 
 from qtool.config import QuantizeConfig
@@ -50,3 +52,24 @@ def test_changes_are_seen_by_later_layers_and_are_in_the_plan(tiny_net, tiny_bat
     rebuilt = build(lockstep.folded, lockstep.plan)
     with torch.no_grad():
         assert torch.equal(rebuilt.network(tiny_batches[0]), lockstep.network(tiny_batches[0]))
+
+
+def test_another_grid_of_a_weight_takes_the_accumulator_along(tiny_net, tiny_batches):
+    lockstep = _lockstep(tiny_net, tiny_batches)
+    before = lockstep.plan.layers["fc"]
+    lockstep.change("fc", weight=replace(before.weight, scale=2 * before.weight.scale))
+    after = lockstep.plan.layers["fc"]
+    assert torch.equal(after.weight_q, before.weight_q)
+    assert torch.allclose(after.accum_scale, 2 * before.accum_scale)
+    assert torch.allclose(after.bias_q * after.accum_scale, before.bias_q * before.accum_scale, atol=1e-4)
+
+
+def test_the_quantized_network_need_not_run(tiny_net, tiny_batches):
+    lockstep = _lockstep(tiny_net, tiny_batches)
+    for moment in lockstep.moments(quantized=False):
+        assert torch.isfinite(moment.float_inputs[0]).all()
+        lockstep.change(moment.name, bias=float_bias(moment.module, len(moment.module.weight)) + 1)
+    walked = _lockstep(tiny_net, tiny_batches)
+    wanted = {m.name: m.float_inputs[0] for m in walked.moments()}
+    found = {m.name: m.float_inputs[0] for m in _lockstep(tiny_net, tiny_batches).moments(quantized=False)}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -14,6 +14,8 @@ from qtool.numerics.spec import (
     CLIP_MODES,
     DEFAULT_OUTLIER_PROB,
     DEFAULT_PERCENTILE,
+    MAX_BITS,
+    MIN_BITS,
     MODES,
     WEIGHT_CLIP_MODES,
 )
@@ -42,6 +44,14 @@ class QuantizeConfig:
     )
     bits_weights: int = option(
         8, Bits(), "Bits of a weight, 2 to 16; 0 leaves them in float.", "--qe-bits-wts", "--qebw"
+    )
+    first_last_bits: int | None = option(
+        None,
+        click.IntRange(MIN_BITS, MAX_BITS),
+        "Bits of the first and the last layer with weights: of their weights, inputs and outputs. What an "
+        "override sets for a layer wins; what stays in float does so.",
+        "--first-last-bits",
+        shown_default="as all others",
     )
     bits_accum: int = option(
         32, click.IntRange(8, 64), "Bits of an accumulator, and of the bias.", "--qe-bits-accum"

@@ -38,7 +38,7 @@ def asked_of_inputs(
             f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(on_grid)} inputs, counted from 0"
         )
     # What the output's clamp cuts off says nothing about the input: full range here.
-    default = InputSpec(spec.output, replace(spec.clip, half_range=False))
+    default = InputSpec(spec.input or spec.output, replace(spec.clip, half_range=False))
     found: list[InputSpec | None] = []
     for index, arrives_on_grid in enumerate(on_grid):
         what = f"input {index} of layer {name!r}"

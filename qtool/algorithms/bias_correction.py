@@ -1,0 +1,318 @@
+"""Biases that take back by how much quantization moves the mean of each output channel.
+
+`fast` compares each layer with its quantized weights on what the float network reads. `sequential` gives the
+quantized layer what the quantized network in front of it makes, corrections included, so that what one layer
+could not mend the next one does. Both take the difference of two means of the same kind, so that a layer
+which quantization does not change gets no correction. The rounding and the clamp of the layer's own output
+are no part of it.
+
+Reference:
+    Nagel et al. 2019, arXiv:1906.04721, section 4.2 (empirical bias correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from qtool.algorithms.channel_means import MeanInput, Spread, mean_output
+from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
+from qtool.graph.control import is_steered
+from qtool.graph.fold import Folded, output_channels_first, restore_layout
+from qtool.numerics.affine import along_axis
+from qtool.numerics.spec import QParams
+from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
+from qtool.quantizers.modules import weighted_function
+from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
+from qtool.quantizers.plan.weights_only import weights_only
+from qtool.quantizers.weights import weight_integers
+
+FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
+STEERED = "the network's code branches or loops by values, which cannot be walked layer by layer"
+NOT_FINITE = "it gives NaN or infinity"
+# An error that does not show, as a share of a bias.
+LITTLE = 1e-3
+Found = tuple[Folded, ModelPlan, CorrectionReport]
+
+
+@dataclass(frozen=True)
+class FastBiasSettings:
+    """Settings of correct_bias.
+
+    Args:
+        max_shift: a channel whose mean is off by more standard deviations of its float output keeps its
+            bias: that is no rounding error.
+
+    Raises:
+        ValueError: if max_shift is not positive.
+    """
+
+    max_shift: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.max_shift > 0:
+            raise ValueError(f"max_shift must be positive, found {self.max_shift}")
+
+
+@dataclass(frozen=True)
+class SequentialBiasSettings(FastBiasSettings):
+    """Settings of correct_bias_sequentially.
+
+    Args:
+        include_activations: whether the network in front of a layer has its activations on grids too, or
+            its weights only.
+    """
+
+    include_activations: bool = True
+
+
+def guarded(shift: Tensor, std: Tensor, max_shift: float) -> tuple[Tensor, Tensor]:
+    """The shift of each channel, zero where it is too large to be believed.
+
+    Args:
+        shift: (C,).
+        std: (C,), of the float output.
+        max_shift: in standard deviations.
+
+    Returns:
+        The shifts that are left, and which were taken out, (C,) bool.
+
+    Example:
+        >>> guarded(torch.tensor([0.5, -3.0]), torch.tensor([1.0, 1.0]), 2.0)
+        (tensor([0.5000, 0.0000]), tensor([False,  True]))
+    """
+    refused = shift.abs() > max_shift * std
+    return torch.where(refused, torch.zeros_like(shift), shift), refused
+
+
+def effective_weight(plan: LayerPlan, module: nn.Module, grid: QParams | None) -> Tensor:
+    """The float weight that a quantized layer computes with, in the layer's layout, float64.
+
+    Args:
+        plan: of the layer.
+        module: the float layer.
+        grid: of its input, None for float.
+    """
+    assert plan.weight is not None and plan.weight_q is not None
+    dims = plan.weight_q.dim()
+    zero_point = along_axis(plan.weight.zero_point, plan.weight.spec.axis, dims)
+    scale = plan.weight.scale.double()
+    if grid is not None:  # an accumulator's step may be approximated
+        assert plan.accum_scale is not None
+        scale = plan.accum_scale / grid.scale.double()
+    values = (plan.weight_q.double() - zero_point) * along_axis(scale, 0, dims)
+    return restore_layout(values, module)
+
+
+def correct_bias(
+    reference: fx.GraphModule,
+    folded: Folded,
+    plan: ModelPlan,
+    batches: Sequence[Tensor],
+    *,
+    layers: Collection[str],
+    settings: FastBiasSettings | None = None,
+) -> Found:
+    """Correct the biases for the error of the weights, each layer for itself; one run of the float network.
+
+    Args:
+        reference: the float network, batch norms folded, whose outputs are wanted.
+        folded: the network that the plan quantizes.
+        plan: static.
+        batches: inputs, in memory.
+        layers: names of those that may be changed.
+        settings: None for the defaults.
+
+    Returns:
+        Changed copies, and what was changed. A layer without a bias gets one.
+
+    Raises:
+        ValueError: if the plan is dynamic, or there are no batches.
+
+    Reference:
+        What NNCF calls fast bias correction, in the difference form.
+    """
+    settings = settings or FastBiasSettings()
+    lockstep = _lockstep(reference, folded, plan, batches)
+    return _corrected(FAST, lockstep, lockstep, layers, settings, same_inputs=True)
+
+
+def correct_bias_sequentially(
+    reference: fx.GraphModule,
+    folded: Folded,
+    plan: ModelPlan,
+    batches: Sequence[Tensor],
+    *,
+    layers: Collection[str],
+    settings: SequentialBiasSettings | None = None,
+) -> Found:
+    """Correct the biases one layer after the other, each for the error of the whole network in front of it.
+
+    Arguments, result and errors are those of correct_bias; costs a run of both networks.
+    """
+    settings = settings or SequentialBiasSettings()
+    lockstep = _lockstep(reference, folded, plan, batches)
+    walked = lockstep
+    if not settings.include_activations:
+        walked = Lockstep(reference, folded, weights_only(folded.traced, plan), batches)
+    return _corrected(SEQUENTIAL, lockstep, walked, layers, settings, same_inputs=False)
+
+
+def _lockstep(
+    reference: fx.GraphModule, folded: Folded, plan: ModelPlan, batches: Sequence[Tensor]
+) -> Lockstep:
+    if plan.dynamic:
+        raise ValueError("the plan is dynamic: its grids are other ones for each batch; give a static one")
+    if not batches:
+        raise ValueError("bias correction needs images; found no batches")
+    return Lockstep(reference, folded, plan, batches)
+
+
+def _corrected(
+    method: str,
+    lockstep: Lockstep,
+    walked: Lockstep,
+    layers: Collection[str],
+    settings: FastBiasSettings,
+    same_inputs: bool,
+) -> Found:
+    """Walk the networks and correct the layers.
+
+    Args:
+        method: for the report.
+        lockstep: whose layers are corrected.
+        walked: that gives the inputs; it sees the corrections too.
+        layers: that may be changed.
+        settings: how far.
+        same_inputs: whether quantized layers read what the float ones do.
+    """
+    changed, left = [], {}
+    if is_steered(lockstep.reference.graph):
+        left = {
+            name: STEERED for name, layer in lockstep.plan.layers.items() if _is_asked(name, layer, layers)
+        }
+        return lockstep.folded, lockstep.plan, CorrectionReport(method, (), left)
+    for moment in walked.moments(quantized=not same_inputs):
+        if moment.name not in layers:
+            continue
+        shift, std = _shift(walked, moment, same_inputs)
+        found = apply_shift(lockstep, moment.name, shift, std, settings.max_shift)
+        if isinstance(found, str):
+            left[moment.name] = found
+            continue
+        if walked is not lockstep:
+            walked.change(moment.name, bias=_bias(lockstep, moment.name))
+        changed.append(found)
+    return lockstep.folded, lockstep.plan, CorrectionReport(method, tuple(changed), left)
+
+
+def _is_asked(name: str, layer: LayerPlan, layers: Collection[str]) -> bool:
+    return name in layers and layer.kind in HAS_INTEGERS and layer.op in WEIGHTED
+
+
+def _bias(lockstep: Lockstep, name: str) -> Tensor:
+    """A layer's float bias, zeros where it has none; (C,)."""
+    module = lockstep.folded.traced.get_submodule(name)
+    return float_bias(module, len(output_channels_first(module)))
+
+
+def _shift(walked: Lockstep, moment: Moment, same_inputs: bool) -> tuple[Tensor, Tensor]:
+    """By how much the mean of each channel is to rise, and the spread of its float output; (C,), float64."""
+    name, module, compute = moment.name, moment.module, weighted_function(moment.module)
+    weight = effective_weight(
+        walked.plan.layers[name], walked.folded.traced.get_submodule(name), walked.input_grid(name)
+    )
+    read = MeanInput.of(module, walked.float_inputs(name))
+    read_q = read
+    if not same_inputs:
+        read_q = MeanInput.of(module, walked.quant_inputs(name))
+    wanted = mean_output(read, compute, _weight(module)) + float_bias(module, len(_bias(walked, name)))
+    return wanted - mean_output(read_q, compute, weight) - _bias(walked, name), _output_std(walked, moment)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _output_std(walked: Lockstep, moment: Moment) -> Tensor:
+    """The spread of the layer's output in the float network, which runs the layer for it."""
+    node = walked.node(moment.name)
+    walked.float_walk.past(node)
+    spread = Spread(-1 if isinstance(moment.module, nn.Linear) else 1)
+    for y in walked.float_walk.values(node):
+        spread.add(y)
+    return spread.std
+
+
+def apply_shift(
+    lockstep: Lockstep, name: str, shift: Tensor, std: Tensor, max_shift: float
+) -> LayerChange | str:
+    """Add to a layer's bias what may be added.
+
+    Args:
+        lockstep: of the layer; it is changed.
+        name: of the layer.
+        shift: (C,), float64.
+        std: (C,), of its float output; infinite where it is not known.
+        max_shift: in standard deviations, see guarded.
+
+    Returns:
+        What was done, or why nothing was.
+    """
+    if not bool(torch.isfinite(shift).all()) or bool(std.isnan().any()):
+        return NOT_FINITE
+    old = _bias(lockstep, name).double()
+    # What float32 cannot tell from the bias is no shift: channels without weights have no spread either.
+    shift = torch.where((old + shift).float() == old.float(), 0.0, shift)
+    shift, beyond = guarded(shift, std, max_shift)
+    given_room = _make_room(lockstep, name, old + shift)
+    saturated = ~beyond & saturates(lockstep.plan.layers[name], old + shift)
+    kept = []
+    if bool(beyond.any()):
+        kept.append(f"{int(beyond.sum())} off by more than {max_shift:g} standard deviations")
+    if bool(saturated.any()):
+        bits = lockstep.plan.layers[name].accum_bits
+        kept.append(f"{int(saturated.sum())} whose bias would saturate {bits} bits")
+    notes = [f"of {len(old)} channels, kept the bias of {' and of '.join(kept)}"] if kept else []
+    if given_room:
+        notes.append(f"wider steps for {given_room} channels whose bias had saturated")
+    if bool((beyond | saturated).all()) and not given_room:
+        return notes[0]
+    new = torch.where(saturated, old, old + shift).float()
+    lockstep.change(name, bias=new)
+    return LayerChange(name, relative_change(new, old), "; ".join(notes))
+
+
+def _make_room(lockstep: Lockstep, name: str, bias: Tensor) -> int:
+    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were.
+
+    A channel with weights of about zero has steps so short that a 32-bit bias saturates, and is lost.
+    """
+    plan, grid = lockstep.plan.layers[name], lockstep.input_grid(name)
+    lacking = saturates(plan, bias)
+    if grid is None or plan.scale_approx_bits is not None or not bool(lacking.any()):
+        return 0
+    assert plan.weight is not None and plan.weight_q is not None
+    largest = max(abs(limit - float(grid.zero_point)) for limit in (grid.spec.quant_min, grid.spec.quant_max))
+    steps = 2.0 ** (plan.accum_bits - 1) - 1
+    # How far rounding to wider steps can move an output, as a share of the bias.
+    if plan.weight.spec.axis is None or plan.weight_q[0].numel() * largest / 2 / steps > LITTLE:
+        return 0
+    wider = (bias.abs() * (1 + 1e-6) / steps / grid.scale.double()).float()
+    weight = replace(plan.weight, scale=torch.where(lacking, wider, plan.weight.scale))
+    integers = weight_integers(lockstep.folded.traced.get_submodule(name), weight)
+    rows = along_axis(lacking, 0, integers.dim())
+    lockstep.change(name, weight_q=torch.where(rows, integers, plan.weight_q), weight=weight)
+    return int(lacking.sum())
+
+
+def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
+    """Whether each channel's bias, (C,), is beyond the ends of the layer's accumulator; (C,) bool."""
+    if plan.accum_scale is None:
+        return torch.zeros(len(bias), dtype=torch.bool)  # on a grid of its own, wide enough for all
+    return (bias / plan.accum_scale).abs() > 2.0 ** (plan.accum_bits - 1) - 1
