@@ -169,7 +169,6 @@ class Observation:
         number, found = source.observer.latest or (None, None)
         return found.clamped(*limits) if found is not None and number == self.chunk.number else None
 
-
     def _is_capped(self, node: fx.Node) -> bool:
         """Whether its limit differs between channels, which the extremes of an image do not tell apart."""
         return limit_of(self.network.traced.get_submodule(node.meta["layer"])) is not None

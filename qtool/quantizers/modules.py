@@ -23,7 +23,6 @@ from qtool.numerics.spec import QParams
 from qtool.quantizers.limits import OutputClamp
 
 
-
 class Grid(nn.Module):
     """A QParams as buffers, so that it moves between devices with its module."""
 

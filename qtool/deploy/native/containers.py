@@ -81,7 +81,7 @@ def within(x: Tensor, container: Container) -> Tensor:
 
 
 def within_channels(x: Tensor, container: Container, highs: Tensor | None) -> Tensor:
-    """Likewise, and at the largest integer of each channel, uint8 in the shape of one image, if there are any."""
+    """Likewise, and at the largest integer of each channel, uint8, broadcast to an image, if given."""
     x = within(x, container)
     return x if highs is None else make_quantized(torch.minimum(x.int_repr(), highs), container)
 
