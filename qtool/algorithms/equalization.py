@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtool.algorithms.links import (
+    NO_CHANNELS,
     Link,
     Rescaling,
     Shifts,
     by_groups,
+    changes,
+    channel_magnitudes,
     find_links,
     gathered_max,
     groups_of,
@@ -31,14 +34,12 @@ from qtool.algorithms.links import (
     of_inputs,
     why_no_shift,
 )
-from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
+from qtool.algorithms.records import CorrectionReport
 from qtool.graph.capped import PLAIN_LIMIT, CappedReLU6, limit_of
 from qtool.graph.edit import replace_layers
-from qtool.graph.flow import WEIGHTED
 from qtool.graph.fold import Folded, output_channels_first
 from qtool.graph.ops import module_op
-from qtool.graph.trace import layers as graph_layers
-from qtool.observers.stats import ActivationStats, ModelStats
+from qtool.observers.stats import ModelStats
 
 METHOD = "equalization"
 
@@ -150,10 +151,7 @@ def equalize(
         absorbed, not_absorbed = _absorbed(scaled, links, stats, work.totals)
         left |= {name: why for name, why in not_absorbed.items() if name not in left}
         scaled = replace_layers(scaled, absorbed)
-    return Folded(scaled, folded.pairs), CorrectionReport(METHOD, _changes(traced, scaled), left)
-
-
-NO_CHANNELS = "the statistics have no ranges of its channels; run 'qtool calibrate' again"
+    return Folded(scaled, folded.pairs), CorrectionReport(METHOD, changes(traced, scaled), left)
 
 
 class _Sweeps:
@@ -265,14 +263,6 @@ def _activation_range(link: Link, traced: fx.GraphModule, stats: ModelStats) -> 
     return channel_magnitudes(record, link.channels)
 
 
-def channel_magnitudes(record: ActivationStats | None, channels: int) -> Tensor | None:
-    """The largest magnitude of each channel in a record, (C,) float64; None if it does not say."""
-    if record is None or record.channel_min is None or record.channel_max is None:
-        return None
-    ends = [torch.from_numpy(values.copy()).double() for values in (record.channel_min, record.channel_max)]
-    return torch.maximum(-ends[0], ends[1]) if len(ends[0]) == channels else None
-
-
 def absorbed_constants(channel_min: Tensor, limit: Tensor | None = None) -> Tensor:
     """What can be taken off the channels of a ReLU's input that never gets to zero, (C,).
 
@@ -329,37 +319,3 @@ def _limits(module: nn.Module, link: Link) -> Tensor | None:
         return None
     found = limit_of(module)
     return torch.full((link.channels,), PLAIN_LIMIT).double() if found is None else found.double().flatten()
-
-
-def _changes(before: fx.GraphModule, after: fx.GraphModule) -> tuple[LayerChange, ...]:
-    old = {name: module for name, _, module in graph_layers(before)}
-    found = []
-    for name, node, module in graph_layers(after):
-        if module is old[name] or node.meta["op"] not in WEIGHTED:
-            continue
-        found.append(LayerChange(name, _change(module, old[name]), _note(module, old[name])))
-    return tuple(found)
-
-
-def _change(new: nn.Module, old: nn.Module) -> float:
-    sizes = [relative_change(output_channels_first(new), output_channels_first(old))]
-    if isinstance(new.bias, Tensor):
-        before = old.bias if isinstance(old.bias, Tensor) else torch.zeros_like(new.bias)
-        sizes.append(relative_change(new.bias, before))
-    return max(sizes)
-
-
-def _note(new: nn.Module, old: nn.Module) -> str:
-    ratios = [range_ratio(magnitudes(output_channels_first(module)).amax(1)) for module in (old, new)]
-    return f"largest over smallest range of its output channels {ratios[0]:.3g} -> {ratios[1]:.3g}"
-
-
-def range_ratio(ranges: Tensor) -> float:
-    """The largest over the smallest range of the channels that have one, (C,); 1 if none has.
-
-    Example:
-        >>> range_ratio(torch.tensor([0.0, 2.0, 8.0]))
-        4.0
-    """
-    live = ranges[(ranges > 0) & torch.isfinite(ranges)]
-    return float(live.max() / live.min()) if live.numel() else 1.0

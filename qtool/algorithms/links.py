@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qtool.algorithms.records import LayerChange, relative_change
 from qtool.graph import ops
 from qtool.graph.capped import PLAIN_LIMIT, CappedReLU6, limit_of
 from qtool.graph.edit import with_parameters
 from qtool.graph.flow import WEIGHTED, Flow, Reader, channel_axis_from_end, flow, shared_parameters
 from qtool.graph.fold import output_channels_first, restore_layout
 from qtool.graph.trace import layers
+from qtool.observers.stats import ActivationStats
+
+NO_CHANNELS = "the statistics have no ranges of its channels; run 'qtool calibrate' again"
 
 
 @dataclass(frozen=True)
@@ -288,3 +292,55 @@ def _pads_with_zeros(module: Any) -> bool:
     wide = padding == "same" and any(size > 1 for size in module.kernel_size)
     some = not isinstance(padding, str) and any(padding)
     return module.padding_mode == "zeros" and (wide or some)
+
+
+def channel_magnitudes(record: ActivationStats | None, channels: int) -> Tensor | None:
+    """The largest magnitude of each channel in a record, (C,) float64; None if it does not say."""
+    if record is None or record.channel_min is None or record.channel_max is None:
+        return None
+    ends = [torch.from_numpy(values.copy()).double() for values in (record.channel_min, record.channel_max)]
+    return torch.maximum(-ends[0], ends[1]) if len(ends[0]) == channels else None
+
+
+def changes(
+    before: fx.GraphModule, after: fx.GraphModule, notes: Mapping[str, str] | None = None
+) -> tuple[LayerChange, ...]:
+    """The layers whose weight or bias differs between two networks.
+
+    Args:
+        before, after: networks of the same layers.
+        notes: on single layers, in place of how their weights' ranges changed.
+    """
+    old = {name: module for name, _, module in layers(before)}
+    found = []
+    for name, _, module in layers(after):
+        if module is old[name] or getattr(module, "weight", None) is None:
+            continue
+        note = _note(module, old[name]) if notes is None else notes.get(name, "")
+        found.append(LayerChange(name, _change(module, old[name]), note))
+    return tuple(found)
+
+
+def _change(new: Any, old: Any) -> float:
+    """The larger one of the changes of weight and bias."""
+    sizes = [relative_change(new.weight, old.weight)]
+    if getattr(new, "bias", None) is not None:
+        before = torch.zeros_like(new.bias) if old.bias is None else old.bias
+        sizes.append(relative_change(new.bias, before))
+    return max(sizes)
+
+
+def _note(new: nn.Module, old: nn.Module) -> str:
+    ratios = [range_ratio(magnitudes(output_channels_first(module)).amax(1)) for module in (old, new)]
+    return f"largest over smallest range of its output channels {ratios[0]:.3g} -> {ratios[1]:.3g}"
+
+
+def range_ratio(ranges: Tensor) -> float:
+    """The largest over the smallest range of the channels that have one, (C,); 1 if none has.
+
+    Example:
+        >>> range_ratio(torch.tensor([0.0, 2.0, 8.0]))
+        4.0
+    """
+    live = ranges[(ranges > 0) & torch.isfinite(ranges)]
+    return float(live.max() / live.min()) if live.numel() else 1.0

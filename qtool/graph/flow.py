@@ -140,9 +140,9 @@ class _Follower:
             if node.op == "output":
                 raise _Stopped("it is the network's output")
             if len(read) > 1:
-                raise _Stopped(f"several parts of it meet in {_called(node)}")
+                raise _Stopped(f"several parts of it meet in {called(node)}")
             if node.meta.get("guard") != self.source.meta.get("guard"):
-                raise _Stopped(f"{_called(node)} runs in another branch")
+                raise _Stopped(f"{called(node)} runs in another branch")
             found = self._step(node, read[0])
             if found is not None:
                 self.held[node] = found
@@ -159,21 +159,21 @@ class _Follower:
         if handler is None and op in ops.MOVES - NOT_FOLLOWED:
             handler = _Follower._moved
         if handler is None:
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         return handler(self, node, read, held)
 
     def _end(self, node: fx.Node, held: _Channels) -> None:
         module = self.traced.get_submodule(node.meta["layer"])
         axis = channel_axis_from_end(module)
         if tensor_inputs(node)[0] not in self.held or not isinstance(held.numbers, Tensor):
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         numbers = held.numbers.movedim(axis, 0).flatten(1)  # (C_in, ...)
         channels = _only_value(numbers, 1, node).long() - 1
         self.readers.append(Reader(node.meta["layer"], channels, held.passed, held.shifts))
 
     def _activation(self, node: fx.Node, _read: fx.Node, held: _Channels) -> _Channels:
         if node.meta["op"] == "relu6" and held.axis is None:
-            raise _Stopped(f"{_called(node)} reads it in another shape")
+            raise _Stopped(f"{called(node)} reads it in another shape")
         return replace(held, passed=(*held.passed, node.meta["layer"]))
 
     def _kept(self, _node: fx.Node, _read: fx.Node, held: _Channels) -> _Channels:
@@ -181,29 +181,31 @@ class _Follower:
 
     def _pooled(self, node: fx.Node, read: fx.Node, held: _Channels) -> _Channels:
         dims = int(str(node.meta["op"])[-2])
-        if held.axis != -(dims + 1) or not isinstance(node.meta["value"], Tensor):
-            raise _Stopped(f"{_called(node)} reads it in another shape")
-        return self._in_place(node, replace(held, shifts=held.shifts and self._keeps_ones(node, read)))
+        if not isinstance(held.numbers, Tensor) or not isinstance(node.meta["value"], Tensor):
+            raise _Stopped(f"{called(node)} reads it")
+        row = _only_value(held.numbers, tuple(range(-dims, 0)), node)
+        numbers = row.reshape(*row.shape, *[1] * dims).expand(node.meta["value"].shape)
+        return replace(held, numbers=numbers, shifts=held.shifts and self._keeps_ones(node, read))
 
     def _reduced(self, node: fx.Node, read: fx.Node, held: _Channels) -> _Channels:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         if not isinstance(dims, (int, list, tuple)) or not isinstance(held.numbers, Tensor):
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         numbers = _only_value(held.numbers, dims, node).reshape(node.meta["value"].shape)
         return replace(held, numbers=numbers, axis=None, shifts=held.shifts and self._keeps_ones(node, read))
 
     def _multiplied(self, node: fx.Node, _read: fx.Node, held: _Channels) -> _Channels:
         """A product with a number."""
         if len(tensor_inputs(node)) != 1 or len(list(ops.numbers_in(node.args))) != 1 or node.kwargs:
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         if node.meta["op"] == "div" and not isinstance(node.args[0], fx.Node):
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         return replace(held, shifts=False)
 
     def _mixed(self, node: fx.Node, read: fx.Node, held: _Channels) -> _Channels:
         """The right-hand side of a matrix product, whose rows are mixed and whose columns stay."""
         if len(node.args) != 2 or node.args[1] is not read or not isinstance(held.numbers, Tensor):
-            raise _Stopped(f"{_called(node)} reads it")
+            raise _Stopped(f"{called(node)} reads it")
         row = _only_value(held.numbers, -2, node).unsqueeze(-2)
         return replace(held, numbers=row.expand(node.meta["value"].shape), axis=None, shifts=False)
 
@@ -213,7 +215,7 @@ class _Follower:
     def _padded(self, node: fx.Node, read: fx.Node, held: _Channels) -> _Channels:
         nothing = self._computed(node, read, torch.zeros(read.meta["value"].shape))
         if bool((nothing != 0).any()):
-            raise _Stopped(f"{_called(node)} puts a constant beside it")
+            raise _Stopped(f"{called(node)} puts a constant beside it")
         numbers = self._computed(node, read, held.numbers)
         return replace(held, numbers=numbers, shifts=held.shifts and self._keeps_ones(node, read))
 
@@ -231,7 +233,7 @@ class _Follower:
             with torch.no_grad():
                 return self.interpreter.run_node(node)
         except Exception as error:  # whatever an operation says to numbers that are not its own
-            raise _Stopped(f"{_called(node)} reads it") from error
+            raise _Stopped(f"{called(node)} reads it") from error
 
     def _in_place(self, node: fx.Node, held: _Channels) -> _Channels:
         """The numbers of the channels in the shape of a node that has them where the source has them."""
@@ -257,11 +259,11 @@ def _only_value(numbers: Tensor, dims: int | list[int] | tuple[int, ...], node: 
     high = numbers.amax(dims)
     low = torch.where(numbers == 0, torch.inf, numbers).amin(dims)
     if bool(((high != low) & (high != 0)).any()):
-        raise _Stopped(f"{_called(node)} mixes its channels")
+        raise _Stopped(f"{called(node)} mixes its channels")
     return high
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
     """A node in words."""
     name = node.meta.get("layer")
     return f"{node.meta['op']!s}" if name is None else f"{name!r} ({node.meta['op']})"

@@ -7,17 +7,15 @@ from torch import nn
 
 import qtool
 from qtool.algorithms.equalization import (
-    NO_CHANNELS,
     EqualizationSettings,
     absorbed_constants,
     centered,
     equalize,
     pair_factors,
-    range_ratio,
     triple_factors,
 )
 from qtool.algorithms.exactness import check_unchanged
-from qtool.algorithms.links import Rescaling, find_links
+from qtool.algorithms.links import NO_CHANNELS, Rescaling, find_links, range_ratio
 from qtool.graph.capped import CappedReLU6
 from qtool.graph.edit import replace_layers, with_parameters
 from qtool.graph.fold import fold_batch_norms
