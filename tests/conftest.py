@@ -57,6 +57,41 @@ def tiny_batches() -> list[Tensor]:
     return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
 
 
+class ChainNet(nn.Module):
+    """As in MobileNetV2: conv, depthwise and 1 x 1 convolutions with ReLU6 or nothing between, a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(8), nn.ReLU6()
+        self.project = nn.Conv2d(8, 4, 1, bias=False)
+        self.expand, self.relu3 = nn.Conv2d(4, 6, 1), nn.ReLU()
+        self.pool, self.dropout = nn.AvgPool2d(3), nn.Dropout()
+        self.fc = nn.Linear(6 * 2 * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.depthwise(x)))
+        x = self.pool(self.relu3(self.expand(self.project(x))))
+        return self.fc(self.dropout(torch.flatten(x, 1)))
+
+
+@pytest.fixture
+def chain_net() -> ChainNet:
+    """Seeded, in eval mode, (N, 3, 8, 8) -> (N, 5); channels differ thirtyfold, and ReLU6 clips some."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = ChainNet().eval().requires_grad_(False)
+        for conv, bn, mean_square in ((net.conv1, net.bn1, 1.0), (net.depthwise, net.bn2, 4.0)):
+            bn.running_var.copy_(mean_square * conv.weight.square().sum((1, 2, 3)))
+            bn.weight.copy_(torch.logspace(-0.8, 0.7, 8)[torch.randperm(8)])
+            nn.init.normal_(bn.bias, std=0.3)
+        net.project.weight *= torch.logspace(-1, 1, 8)[torch.randperm(8)][:, None, None]
+        net.expand.weight *= torch.logspace(-1, 1, 6)[torch.randperm(6)][:, None, None, None]
+    return net
+
+
 @pytest.fixture
 def runner() -> CliRunner:
     return CliRunner()

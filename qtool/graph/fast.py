@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from qtool.graph import ops
+from qtool.graph.capped import CappedReLU6, limit_of
 from qtool.graph.fold import fold_batch_norms
 from qtool.graph.trace import copy_graph, layers
 
@@ -45,9 +46,14 @@ def fast(traced: fx.GraphModule) -> Fast:
         if ops.module_op(module) == "conv" and isinstance(module, nn.Conv2d):
             quick.set_submodule(name, _channels_last(module))
         elif _may_write_over_its_input(node):
-            quick.set_submodule(name, IN_PLACE[node.meta["op"]](inplace=True))
+            quick.set_submodule(name, _in_place(node.meta["op"], module))
     quick.recompile()
     return Fast(quick, folded.pairs)
+
+
+def _in_place(op: str, module: nn.Module) -> nn.Module:
+    limit = limit_of(module)
+    return IN_PLACE[op](inplace=True) if limit is None else CappedReLU6(limit, inplace=True)
 
 
 def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from qtool.graph import ops
+from qtool.graph.capped import limit_of
 from qtool.graph.trace import layers
-from qtool.observers.stats import LayerStats, ModelStats
+from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 
 # What stays distinguishable behind the operation: the interval of its input that matters.
 INTERVALS = {
@@ -95,13 +96,26 @@ def edit_stats(traced: fx.GraphModule, stats: ModelStats, quantized: set[str]) -
         if following is None or following[0] not in INTERVALS:
             continue
         op, reader = following
-        record = stats.output(name).clamped(*INTERVALS[op])
+        record = _limited(traced, stats, name, op, reader)
         edited[name] = replace(edited[name], output=record)
         reader_name = reader.meta.get("layer")
         if reader_name in edited:
             inputs = {**edited[reader_name].inputs, 0: record}
             edited[reader_name] = LayerStats(inputs, edited[reader_name].output)
     return ModelStats(edited, stats.source)
+
+
+def _limited(
+    traced: fx.GraphModule, stats: ModelStats, name: str, op: str, reader: fx.Node
+) -> ActivationStats:
+    """The record of a layer's output, limited as its reader does."""
+    record = stats.output(name)
+    limit = limit_of(traced.get_submodule(reader.meta["layer"])) if "layer" in reader.meta else None
+    if limit is None:
+        return record.clamped(*INTERVALS[op])
+    # What a limit for each channel leaves cannot be told from the extremes of all channels.
+    found = stats.output(reader.meta["layer"])
+    return replace(found, mean=record.mean, std=record.std, b=record.b)
 
 
 def fused_activations(traced: fx.GraphModule, quantized: set[str]) -> dict[str, tuple[str, str]]:

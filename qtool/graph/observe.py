@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from qtool.errors import StatsError
 from qtool.graph import ops
 from qtool.graph.axes import batch_axis, channel_axis
+from qtool.graph.capped import limit_of
 from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
@@ -171,18 +172,22 @@ class Observation:
             return by_rows
 
     def _known(self, watch: _Watch) -> Extremes | None:
-        """The extremes of a ReLU's output, if those of its input are known."""
+        """The extremes of a ReLU's output, if those of its input are known and say enough."""
         assert self.chunk is not None
         op = str(watch.node.meta["op"])
         limits = INTERVALS[op] if op in FUSIBLE else None
         sources = tensor_inputs(watch.node)
-        if limits is None or len(sources) != 1:
+        if limits is None or len(sources) != 1 or self._is_capped(watch.node):
             return None
         source = self.watches.get(key_of(sources[0], watch.node))
         if source is None or source.observer is None or source.axis != watch.axis:
             return None
         number, found = source.observer.latest or (None, None)
         return found.clamped(*limits) if found is not None and number == self.chunk.number else None
+
+    def _is_capped(self, node: fx.Node) -> bool:
+        """Whether its limit differs between channels, which the extremes of an image do not tell apart."""
+        return limit_of(self.network.traced.get_submodule(node.meta["layer"])) is not None
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def _layer_params(layer: LayerPlan, spec: LayerSpec | None) -> dict[str, Any]:
     found["bits_weights"] = layer.weight.spec.num_bits if layer.weight is not None else None
     if layer.activation:
         found["activation"] = layer.activation
+    if layer.activation_limit is not None:
+        found["activation_limit"] = _number_or_list(layer.activation_limit.flatten())
     if spec is not None and layer.kind in (plans.INTEGER, plans.FAKE):
         found |= _clipping("activations", spec.clip)
     if spec is not None and spec.weight_clip is not None and layer.weight is not None:

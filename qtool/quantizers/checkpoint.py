@@ -95,6 +95,7 @@ def from_checkpoint(content: dict[str, Any], architecture: nn.Module, example: T
             )
     try:
         model = build(folded, plan)
+        _add_biases(model.network, content["float_state"])
         missing, unexpected = model.network.load_state_dict(content["float_state"], strict=False)
     except (RuntimeError, KeyError, TypeError, AssertionError) as error:
         raise ModelError(
@@ -107,6 +108,14 @@ def from_checkpoint(content: dict[str, Any], architecture: nn.Module, example: T
             f"a quantized model of another network: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
     return model
+
+
+def _add_biases(network: nn.Module, state: dict[str, Any]) -> None:
+    """Room for the biases that corrections gave to layers that stay in float and had none, in place."""
+    for name, module in network.named_modules():
+        stored = state.get(f"{name}.bias")
+        if isinstance(stored, Tensor) and module._parameters.get("bias", stored) is None:
+            module.bias = nn.Parameter(torch.zeros_like(stored), requires_grad=False)
 
 
 def is_quantized(content: object) -> bool:

@@ -23,14 +23,8 @@ from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_fr
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import InputSpec, QParams
 from qtool.quantizers import plan as plans
-from qtool.quantizers.modules import (
-    ACTIVATION_LIMITS,
-    Cast,
-    clamp_accumulator,
-    exact_ratio,
-    output_limits,
-    weighted_function,
-)
+from qtool.quantizers.limits import ACTIVATION_LIMITS, OutputClamp
+from qtool.quantizers.modules import Cast, clamp_accumulator, exact_ratio, weighted_function
 from qtool.quantizers.plan import DYNAMIC_FAKE, LayerPlan
 from qtool.quantizers.weights import (
     weight_centered,
@@ -80,6 +74,8 @@ def to_float(value: Any) -> Any:
 class _DynamicLayer(nn.Module):
     """What the dynamic layers share: inputs onto grids, the output from an accumulator."""
 
+    limit: Tensor | None
+
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__()
         assert plan.dynamic is not None
@@ -87,6 +83,7 @@ class _DynamicLayer(nn.Module):
         self.accum_bits = plan.accum_bits
         self.approx_bits = plan.scale_approx_bits
         self.everywhere_bits = plan.everywhere_bits
+        self.register_buffer("limit", plan.activation_limit, persistent=False)
 
     def take(self, x: Tensor | OnGrid, index: int) -> OnGrid:
         """Input number index on a grid: its own, or one found now."""
@@ -98,8 +95,7 @@ class _DynamicLayer(nn.Module):
 
     def give(self, x: Tensor) -> OnGrid:
         """A float result, which is overwritten, through the activation and onto a grid."""
-        low, high = ACTIVATION_LIMITS[self.asked.activation]
-        x = x.clamp_(low, high) if self.asked.activation is not None else x
+        x = self._activated(x) if self.asked.activation is not None else x
         return put_on_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
 
     def requantize(self, accumulator: Tensor, scale: Tensor) -> OnGrid:
@@ -107,13 +103,18 @@ class _DynamicLayer(nn.Module):
         x = (accumulator * scale).float()
         if self.approx_bits is None:
             return self.give(x)
-        x = x.clamp_(*ACTIVATION_LIMITS[self.asked.activation])
+        x = self._activated(x)
         grid = live_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
         ratio = approximate_multiplier(
             exact_ratio(scale.double() / grid.scale.double()), self.approx_bits
         ).float()
-        centered = (accumulator.float() * ratio).round_().clamp_(*output_limits(grid, self.asked.activation))
-        return OnGrid(centered, grid.scale)
+        clamp = OutputClamp(grid, self.asked.activation, self.limit)
+        return OnGrid(clamp.apply_((accumulator.float() * ratio).round_()), grid.scale)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """Through the activation, in place."""
+        low, high = ACTIVATION_LIMITS[self.asked.activation]
+        return x.clamp_(low, high) if self.limit is None else x.clamp_(min=low).clamp_(max=self.limit)
 
 
 def _approximated(accum_scale: Tensor, num_bits: int) -> Tensor:

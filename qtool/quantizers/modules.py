@@ -11,7 +11,6 @@ back to integers before anything is done with it.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,7 @@ from torch.nn import functional as F
 
 from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize_centered, quantize_centered
 from qtool.numerics.spec import QParams
-
-ACTIVATION_LIMITS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+from qtool.quantizers.limits import OutputClamp
 
 
 class Grid(nn.Module):
@@ -67,6 +65,7 @@ class Requantize(nn.Module):
         output: the grid of the output.
         accum_scale: units of x per accumulator step: (), or (C,) with axis as output channels.
         activation: None, "relu" or "relu6", computed by the clamp.
+        limit: of a ReLU6 whose upper end differs between channels, see LayerPlan.
         scale_approx_bits: see numerics.affine.approximate_multiplier; applied to the ratio.
         num_dims: of the accumulator.
         channel_axis: the accumulator's channel axis.
@@ -82,18 +81,19 @@ class Requantize(nn.Module):
         scale_approx_bits: int | None = None,
         num_dims: int = 4,
         channel_axis: int = 1,
+        limit: Tensor | None = None,
     ) -> None:
         super().__init__()
         ratio = exact_ratio(accum_scale.double() / output.scale.double())
         if scale_approx_bits is not None:
             ratio = approximate_multiplier(ratio, scale_approx_bits)
         self.register_buffer("ratio", along_axis(ratio.float(), channel_axis, num_dims), persistent=False)
-        self.low, self.high = output_limits(output, activation)
+        self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
 
     def forward(self, accumulator: Tensor) -> Tensor:
         """Overwrites the accumulator, which is this layer's own."""
-        return accumulator.mul_(self.ratio).round_().clamp_(self.low, self.high)
+        return self.clamp.apply_(accumulator.mul_(self.ratio).round_())
 
 
 def exact_ratio(ratio: Tensor) -> Tensor:
@@ -105,17 +105,6 @@ def exact_ratio(ratio: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(ratio)
     short = torch.ldexp(torch.round(mantissa * 2**16), exponent - 16)
     return torch.where((short - ratio).abs() < ratio * 2**-22, short, ratio)
-
-
-def output_limits(output: QParams, activation: str | None) -> tuple[float, float]:
-    """The smallest and largest centered integer that a layer gives, its activation included."""
-    zero_point, scale = float(output.zero_point), float(output.scale)
-    low, high = ACTIVATION_LIMITS[activation]
-    smallest = output.spec.quant_min - zero_point
-    largest = output.spec.quant_max - zero_point
-    if high != math.inf:
-        largest = min(largest, round(high / scale))
-    return float(max(smallest, low)), float(largest)
 
 
 def clamp_accumulator(accumulator: Tensor, num_bits: int) -> Tensor:
@@ -223,6 +212,7 @@ class _Rescaling(nn.Module):
         activation: str | None,
         accum_bits: int,
         scale_approx_bits: int | None = None,
+        limit: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.accum_bits = accum_bits
@@ -230,7 +220,7 @@ class _Rescaling(nn.Module):
         if scale_approx_bits is not None:
             ratios = [approximate_multiplier(ratio, scale_approx_bits) for ratio in ratios]
         self.ratios = [float(ratio) for ratio in ratios]
-        self.low, self.high = output_limits(output, activation)
+        self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
 
     def rescale(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -246,14 +236,14 @@ class QuantAdd(_Rescaling):
         total, *others = self.rescale(inputs)
         for other in others:
             total = total + other
-        return total.clamp_(self.low, self.high)
+        return self.clamp.apply_(total)
 
 
 class QuantCat(_Rescaling):
     """The concatenation of quantized tensors."""
 
     def forward(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-        return torch.cat(self.rescale(tensors), dim).clamp_(self.low, self.high)
+        return self.clamp.apply_(torch.cat(self.rescale(tensors), dim))
 
 
 class QuantProduct(nn.Module):
@@ -279,16 +269,22 @@ class QuantProduct(nn.Module):
 class FakeQuantize(nn.Module):
     """A float operation whose output is put on a grid; it gives centered integers."""
 
-    def __init__(self, operation: nn.Module, output: QParams, activation: str | None = None) -> None:
+    def __init__(
+        self,
+        operation: nn.Module,
+        output: QParams,
+        activation: str | None = None,
+        limit: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.operation = operation
-        self.low, self.high = output_limits(output, activation)
+        self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = self.operation(*args, **kwargs)
         # Division makes a new tensor: the operation may have given back a view of its input.
-        return (x / self.grid.scale).round_().clamp_(self.low, self.high)
+        return self.clamp.apply_((x / self.grid.scale).round_())
 
 
 FLOAT_TYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from qtool.errors import ConfigError
 from qtool.graph import ops
+from qtool.graph.capped import CappedReLU6
 from qtool.graph.fold import Folded, fold_batch_norms, move_stats, restore_layout
 from qtool.graph.neighbours import reads_values
 from qtool.graph.trace import copy_graph, layers, tensor_inputs
@@ -134,6 +135,9 @@ def build(folded: Folded, plan: ModelPlan) -> QuantizedModel:
         plan: of the same network.
     """
     network = copy_graph(folded.traced)
+    for name, layer in plan.layers.items():
+        if layer.op == "relu6" and layer.activation_limit is not None:
+            network.set_submodule(name, CappedReLU6(layer.activation_limit).eval())
     if plan.dynamic:
         DynamicBuilder(network, plan.layers, FLOAT_BUILDERS).run()
     else:
@@ -248,10 +252,11 @@ def build_layer(
 
 def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], node: fx.Node) -> nn.Module:
     assert plan.output is not None and plan.accum_scale is not None
+    limit = plan.activation_limit
     if plan.op == "add":
-        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits)
+        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits, limit)
     if plan.op == "cat":
-        return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits)
+        return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits, limit)
     num_dims = node.meta["value"].dim()
     last = plan.op in ("linear", "matmul")
     requantize = Requantize(
@@ -261,6 +266,7 @@ def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], no
         plan.scale_approx_bits,
         num_dims,
         channel_axis=-1 if last else 1,
+        limit=limit,
     )
     if plan.op in plans.WEIGHTED:
         assert plan.weight is not None and plan.weight_q is not None
@@ -280,7 +286,7 @@ def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], no
 def _build_fake(module: nn.Module, plan: LayerPlan) -> nn.Module:
     assert plan.output is not None
     operation = module if plan.float_bits is None else Cast(module, plan.float_bits)
-    return FakeQuantize(operation, plan.output, plan.activation)
+    return FakeQuantize(operation, plan.output, plan.activation, plan.activation_limit)
 
 
 def _build_cast(module: nn.Module, plan: LayerPlan) -> nn.Module:

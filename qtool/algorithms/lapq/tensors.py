@@ -15,6 +15,7 @@ from qtool.algorithms.lapq.pnorm import lp_error
 from qtool.algorithms.lapq.records import LapqSpec, Specs
 from qtool.errors import ConfigError
 from qtool.graph.fold import output_channels_first
+from qtool.graph.neighbours import following_op
 from qtool.graph.trace import layers
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import ACIQ_MAX_BITS, ClipSpec, LayerSpec, QuantSpec
@@ -156,12 +157,15 @@ def searched_tensors(
     planned = plan_model(traced, stats, specs).layers
     ranges = output_ranges(traced, stats, {name: _clipped(spec, clip) for name, spec in specs.items()})
     found = []
-    for name, _, module in layers(traced):
+    for name, node, module in layers(traced):
         plan = planned[name]
         if plan.kind in (INTEGER, WEIGHTS_ONLY) and plan.weight is not None:
             found.append(_searched_weight(name, module, specs[name], clip, settings.both_ends))
         if plan.kind in (INTEGER, FAKE) and plan.output is not None:
-            found.append(_searched_output(name, plan, ranges[name], outputs[name], settings.both_ends))
+            # Limits of single channels cannot be found again in a sample of all: the activation's own is.
+            reader = following_op(node) if plan.activation_limit is not None and plan.activation else None
+            source = name if reader is None else reader[1].meta["layer"]
+            found.append(_searched_output(name, plan, ranges[name], outputs[source], settings.both_ends))
     if not found:
         raise ConfigError("nothing to search: no layer is quantized")
     return found
@@ -199,7 +203,8 @@ def _searched_output(
     assert plan.output is not None
     low, high = _around_zero(torch.tensor(found[0]), torch.tensor(found[1]))
     if plan.activation is not None:  # it is quantized behind its activation
-        values = values.clamp(0, 6 if plan.activation == "relu6" else None)
+        plain = plan.activation == "relu6" and plan.activation_limit is None
+        values = values.clamp(0, 6 if plain else None)
     numbers = _numbers(plan.output.spec, float(low), float(high), both_ends)
     return SearchedTensor(name, "output", plan.output.spec, low, high, (1.0, 1.0), numbers, values)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.numerics.spec import QParams
-from qtool.quantizers.modules import output_limits
+from qtool.quantizers.limits import OutputClamp
 from qtool.quantizers.plan import FAKE, LayerPlan
 
 LARGEST = 255
@@ -42,8 +42,15 @@ class Container:
         return -self.zero_point * self.scale, (self.high - self.zero_point) * self.scale
 
 
-def container_for(qparams: QParams, activation: str | None = None) -> Container | None:
+def container_for(
+    qparams: QParams, activation: str | None = None, limit: Tensor | None = None
+) -> Container | None:
     """Where a grid's integers lie, those that an activation cuts off left out; None if they need over 8 bits.
+
+    Args:
+        qparams: the grid.
+        activation: what the values have been through.
+        limit: of a ReLU6 whose upper end differs between channels; the container holds all channels.
 
     Example:
         >>> from qtool.numerics.spec import QuantSpec
@@ -55,7 +62,8 @@ def container_for(qparams: QParams, activation: str | None = None) -> Container 
     """
     if qparams.scale.dim() > 0:
         return None
-    low, high = (int(limit) for limit in output_limits(qparams, activation))
+    clamp = OutputClamp(qparams, activation, limit)
+    low, high = int(clamp.low), int(clamp.high)
     if high - low > LARGEST:
         return None
     return Container(float(qparams.scale), -low, high - low)
@@ -70,6 +78,12 @@ def clamp_of(plan: LayerPlan) -> str | None:
 def within(x: Tensor, container: Container) -> Tensor:
     """Cut a quantized tensor off at the container's largest integer; the kernel has done so at 0 and 255."""
     return x if container.high == LARGEST else torch.clamp(x, *container.limits)
+
+
+def within_channels(x: Tensor, container: Container, highs: Tensor | None) -> Tensor:
+    """Likewise, and at the largest integer of each channel, uint8, broadcast to an image, if given."""
+    x = within(x, container)
+    return x if highs is None else make_quantized(torch.minimum(x.int_repr(), highs), container)
 
 
 class Pack(nn.Module):

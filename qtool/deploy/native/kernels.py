@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.deploy.native.containers import Container, within
+from qtool.deploy.native.containers import Container, within, within_channels
 from qtool.deploy.native.portable import OnednnConv
 from qtool.deploy.native.target import engine
 from qtool.deploy.native.weights import PackedWeights
+from qtool.quantizers.limits import OutputClamp
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Geometry:
     groups: int
 
 
+def channel_highs(clamp: OutputClamp, output: Container) -> Tensor | None:
+    """The largest integer of each channel behind a ReLU6 with limits of its own, uint8; None for others."""
+    return None if clamp.highs is None else (clamp.highs + output.zero_point).to(torch.uint8)
+
+
 class Conv(nn.Module):
     """A convolution of 1 to 3 dimensions; a ReLU is computed by its clamp.
 
@@ -37,11 +43,22 @@ class Conv(nn.Module):
         weights, geometry: of the layer.
         output: where its result goes.
         backend: the engine whose kernel it runs on.
+        highs: see channel_highs.
     """
 
-    def __init__(self, weights: PackedWeights, geometry: Geometry, output: Container, backend: str) -> None:
+    highs: Tensor | None
+
+    def __init__(
+        self,
+        weights: PackedWeights,
+        geometry: Geometry,
+        output: Container,
+        backend: str,
+        highs: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.weights, self.geometry, self.output = weights, geometry, output
+        self.register_buffer("highs", highs)
         self.dims = len(geometry.stride)
         prepack = getattr(torch.ops.quantized, f"conv{self.dims}d_prepack")
         g = geometry
@@ -50,7 +67,8 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = getattr(torch.ops.quantized, f"conv{self.dims}d")
-        return within(conv(x, self.packed, self.output.scale, self.output.zero_point), self.output)
+        y = conv(x, self.packed, self.output.scale, self.output.zero_point)
+        return within_channels(y, self.output, self.highs)
 
 
 class PinnedConv(Conv):
@@ -60,28 +78,38 @@ class PinnedConv(Conv):
     """
 
     def __init__(
-        self, weights: PackedWeights, geometry: Geometry, source: Container, output: Container
+        self,
+        weights: PackedWeights,
+        geometry: Geometry,
+        source: Container,
+        output: Container,
+        highs: Tensor | None = None,
     ) -> None:
-        super().__init__(weights, geometry, output, "onednn")
+        super().__init__(weights, geometry, output, "onednn", highs)
         self.source = source
 
     def portable(self) -> nn.Module:
         """The same layer in a form that says which kernel it needs."""
-        return OnednnConv(self.weights, self.geometry, self.source, self.output)
+        return OnednnConv(self.weights, self.geometry, self.source, self.output, self.highs)
 
 
 class Linear(nn.Module):
     """A linear layer; a ReLU is computed by its clamp."""
 
-    def __init__(self, weights: PackedWeights, output: Container, backend: str) -> None:
+    highs: Tensor | None
+
+    def __init__(
+        self, weights: PackedWeights, output: Container, backend: str, highs: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weights, self.output = weights, output
+        self.register_buffer("highs", highs)
         with engine(backend):
             self.packed = torch.ops.quantized.linear_prepack(weights.tensor(), weights.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.quantized.linear(x, self.packed, self.output.scale, self.output.zero_point)
-        return within(y, self.output)
+        return within_channels(y, self.output, self.highs)
 
 
 class Rescale(nn.Module):

@@ -24,7 +24,7 @@ from qtool.deploy.native.containers import (
     container_for,
 )
 from qtool.deploy.native.kernels import Conv, Linear
-from qtool.deploy.native.rules import FLOAT_RULES, INTEGER_RULES, Rule, Site
+from qtool.deploy.native.rules import ENDS_CHANNELS, FLOAT_RULES, INTEGER_RULES, Rule, Site
 from qtool.deploy.native.target import Target
 from qtool.deploy.native.trial import disagreement
 from qtool.deploy.native.weights import NotNative
@@ -96,7 +96,7 @@ class _Lowering:
             if name is not None:
                 self._layer(name, node, self.plans[name])
             elif isinstance(self._module(node), Quantize):
-                self._note_grid(node, self._module(node).qparams, None)
+                self._note_grid(node, self._module(node).qparams)
             elif self._source(node) is node:
                 self._copy(node)
         native = fx.GraphModule(self.root, self.graph, "NativeNetwork")
@@ -116,9 +116,10 @@ class _Lowering:
             (node,) = tensor_inputs(node)[:1]
         return node
 
-    def _note_grid(self, node: fx.Node, grid: QParams, activation: str | None) -> None:
+    def _note_grid(self, node: fx.Node, grid: QParams, plan: LayerPlan | None = None) -> None:
         self.grids[node] = grid
-        container = container_for(grid, activation)
+        limits = () if plan is None else (clamp_of(plan), plan.activation_limit)
+        container = container_for(grid, *limits)
         if container is not None:
             self.containers[node] = container
 
@@ -189,7 +190,7 @@ class _Lowering:
                 plan.op, IN_FLOAT, plan.note or _WHY_FLOAT.get(plan.kind, plan.kind)
             )
             return
-        self._note_grid(node, plan.output, clamp_of(plan))
+        self._note_grid(node, plan.output, plan)
         container = self.containers.get(node)
         try:
             site = self._site(node, plan, module, container)
@@ -211,7 +212,8 @@ class _Lowering:
         why: str,
     ) -> None:
         """A layer without an int8 kernel, in the form that is exact and costs least."""
-        if plan.kind == plans.FAKE and container is not None:
+        ends_itself = plan.activation_limit is None or plan.op == "relu6"
+        if plan.kind == plans.FAKE and container is not None and ends_itself:
             assert isinstance(module, FakeQuantize)
             self._write(name, node, FloatThenGrid(module.operation, container), FLOATS, KERNEL)
             self.found[name] = NativeLayer(plan.op, IN_FLOAT, why, container)
@@ -229,6 +231,8 @@ class _Lowering:
         if plan.op not in _rules(plan.kind):
             raise NotNative(f"no int8 kernel for {plan.op!r} that gives the simulation's integers")
         assert plan.output is not None
+        if plan.activation_limit is not None and (plan.kind == plans.FAKE or plan.op not in ENDS_CHANNELS):
+            raise NotNative("the ReLU6 behind it ends elsewhere in each channel; int8 kernels have one end")
         if output is None:
             raise NotNative(f"its output has {plan.output.spec.num_bits} bits; --qe-bits-acts 8 or fewer")
         if set(node.all_input_nodes) != set(tensor_inputs(node)):

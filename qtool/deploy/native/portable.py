@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.deploy.native.containers import Container, make_quantized, within
+from qtool.deploy.native.containers import Container, make_quantized, within_channels
 
 
 def _convolve(
@@ -42,15 +42,25 @@ class OnednnConv(nn.Module):
     Args:
         weights, geometry: a kernels.PackedWeights and kernels.Geometry; symmetric weights.
         source, output: containers of its input and its result.
+        highs: see kernels.channel_highs.
     """
 
     weight: Tensor
     scales: Tensor
     zero_points: Tensor
     bias: Tensor | None
+    highs: Tensor | None
 
-    def __init__(self, weights: Any, geometry: Any, source: Container, output: Container) -> None:
+    def __init__(
+        self,
+        weights: Any,
+        geometry: Any,
+        source: Container,
+        output: Container,
+        highs: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.register_buffer("highs", highs)
         self.geometry, self.source, self.output = geometry, source, output
         self.convolve = torch.jit.script(_convolve)
         channels = weights.integers.shape[0]
@@ -65,4 +75,4 @@ class OnednnConv(nn.Module):
             x.int_repr(), a.scale, a.zero_point, self.weight, self.scales, self.zero_points, self.bias,
             g.stride, g.padding, g.dilation, g.groups, b.scale, b.zero_point,
         )  # fmt: skip
-        return within(make_quantized(integers, b), b)
+        return within_channels(make_quantized(integers, b), b, self.highs)

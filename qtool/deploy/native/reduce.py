@@ -65,7 +65,7 @@ def _container(node: fx.Node, model: QuantizedModel) -> Container | None:
         return container_for(border.qparams)
     plan = model.plan.layers[node.meta["layer"]]
     assert plan.output is not None
-    return container_for(plan.output, clamp_of(plan))
+    return container_for(plan.output, clamp_of(plan), plan.activation_limit)
 
 
 def _with_output_of(spec: LayerSpec, num_bits: int) -> LayerSpec:

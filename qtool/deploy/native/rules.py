@@ -27,6 +27,7 @@ from qtool.deploy.native.kernels import (
     Rescale,
     RoundedAdd,
     Selecting,
+    channel_highs,
 )
 from qtool.deploy.native.target import Target
 from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
@@ -35,6 +36,8 @@ from qtool.quantizers.plan import LayerPlan
 
 # The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
 ONEDNN_MAX_GROUPS = 100
+# Layers whose modules end each channel elsewhere, as a ReLU6 with limits of its own asks for.
+ENDS_CHANNELS = frozenset({"conv", "linear"})
 EXACT_SCALES = "int8 kernels multiply by the exact ratio of scales; leave out --qe-scale-approx-bits"
 # A ratio p / q with an even q makes a tie of every q-th integer; those up to here are looked for.
 MOST_TIES = 64
@@ -76,17 +79,18 @@ def lower_weighted(site: Site) -> nn.Module:
         raise NotNative(
             f"sums of {count} of {total} channels could saturate on this processor; --qe-reduce-range"
         )
+    highs = channel_highs(module.requantize.clamp, site.output)
     if plan.op == "linear":
-        return Linear(weights, site.output, site.target.backend)
+        return Linear(weights, site.output, site.target.backend, highs)
     geometry = geometry_of(module)
     if not count or not _on_fbgemms_depthwise_kernel(weights, geometry, site.target):
-        return Conv(weights, geometry, site.output, site.target.backend)
+        return Conv(weights, geometry, site.output, site.target.backend, highs)
     if bool((weights.zero_points != 0).any()):
         raise NotNative(
             f"sums of {count} of {total} channels could saturate in fbgemm's depthwise kernel; "
             "--qe-mode-wts sym, or --qe-reduce-range"
         )
-    return PinnedConv(weights, geometry, site.inputs[0], site.output)
+    return PinnedConv(weights, geometry, site.inputs[0], site.output, highs)
 
 
 def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, target: Target) -> bool:
@@ -139,7 +143,7 @@ def lower_add(site: Site) -> nn.Module:
         if _meets_ties(other.scale / site.output.scale):
             continue
         on_grid = x.scale == site.output.scale
-        wide = None if on_grid else _rounded(x, other, site.output, module.low, module.high)
+        wide = None if on_grid else _rounded(x, other, site.output, module.clamp.low, module.clamp.high)
         if on_grid or wide is not None:
             return Add(site.output, *((wide, None) if index == 0 else (None, wide)))
     return RoundedAdd(site.inputs, module.ratios, site.output)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qtool.graph import ops
+from qtool.graph.capped import limit_of
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.affine import approximate_multiplier
 from qtool.numerics.spec import QParams
@@ -73,6 +74,17 @@ def with_accumulator(plan: LayerPlan, grid: QParams, bias: Tensor | None) -> Lay
         accum_scale=1 / steps_per_unit,
         note=f"its sums can need {needed} bits" if needed > plan.accum_bits else "",
     )
+
+
+def with_limit(plan: LayerPlan, activation: nn.Module) -> LayerPlan:
+    """The plan with the limits of the ReLU6 that its layer computes, if each channel has its own.
+
+    Args:
+        plan: of a layer.
+        activation: the layer, or the activation that it takes over.
+    """
+    limit = None if plan.kind == IDENTITY else limit_of(activation)
+    return plan if limit is None else replace(plan, activation_limit=limit.clone())
 
 
 def product_scale(grids: Sequence[QParams | None], approx_bits: int | None) -> Tensor:

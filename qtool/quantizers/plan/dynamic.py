@@ -13,6 +13,7 @@ from qtool.graph.neighbours import FUSIBLE, fused_activations
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import InputSpec, LayerSpec, QuantSpec
 from qtool.quantizers.plan.asked import asked_of_inputs, asked_of_output, find_never_negative
+from qtool.quantizers.plan.derived import with_limit
 from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind
 from qtool.quantizers.plan.records import (
     CAST,
@@ -70,7 +71,8 @@ class _DynamicPlanner:
                 keeps = node.meta["op"] in ops.KEEPS_GRID and bool(sources)
                 self.grids[node] = self.grids[sources[0]] if keeps else None
                 continue
-            layer = found[name] = self._plan(name, node, modules[name])
+            computed = self.fused[name][0] if name in self.fused else name
+            layer = found[name] = with_limit(self._plan(name, node, modules[name]), modules[computed])
             kept = layer.kind == IDENTITY
             self.grids[node] = self.grids[sources[0]] if kept else _grid_of_result(layer)
         return found

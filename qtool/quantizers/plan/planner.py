@@ -16,7 +16,7 @@ from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers.plan.asked import asked_of_inputs, find_never_negative
-from qtool.quantizers.plan.derived import grid_of_value, product_scale, with_accumulator
+from qtool.quantizers.plan.derived import grid_of_value, product_scale, with_accumulator, with_limit
 from qtool.quantizers.plan.grids import Grids
 from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind, quantizes_output
 from qtool.quantizers.plan.records import (
@@ -122,6 +122,8 @@ class _Planner:
             name = node.meta.get("layer")
             plan = None if name is None else self._plan(name, node, modules[name])
             if plan is not None:
+                computed = self.fused[name][0] if name in self.fused else name
+                plan = with_limit(plan, modules[computed])
                 self.plans[name] = plan
             self.grids[node] = grid_of_value(node, plan, self.grids)
         return ModelPlan(self.plans, self.stats)

@@ -59,6 +59,8 @@ class LayerPlan:
             when it keeps the grid it has, or stays in float.
         output: grid of the output, None for float.
         activation: "relu" or "relu6" computed by this layer's clamp.
+        activation_limit: the upper end of that ReLU6, or of the one that the layer is, where each channel
+            has its own: units of the output, in a shape that broadcasts to one image of it.
         weight: grid of the weight; a per-channel one counts output channels (axis 0).
         weight_q: integers of the weight, output channels first, in the smallest dtype.
         bias_q: (C,) int64, at the accumulator's scale unless there is a bias_scale.
@@ -81,6 +83,7 @@ class LayerPlan:
     inputs: tuple[QParams | None, ...] = ()
     output: QParams | None = None
     activation: str | None = None
+    activation_limit: Tensor | None = None
     weight: QParams | None = None
     weight_q: Tensor | None = None
     bias_q: Tensor | None = None
