@@ -22,6 +22,7 @@ _HOMES = {
     "compare": "report",
     "convert": "deploy.native",
     "keep_freed_memory": "memory",
+    "evaluator": "deploy.engine",
     "parity": "deploy.parity",
     "read_stats": "observers.files",
     "write_stats": "observers.stats_yaml",

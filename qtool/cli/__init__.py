@@ -124,7 +124,9 @@ def calibrate(config_file: Path | None, histograms_portion: float | None, **flag
     type=click.Path(path_type=Path),
     help="YAML file with a quantizer in Distiller's form.",
 )
-@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "run")
+@config_options(
+    "model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "evaluation", "run"
+)
 def quantize(
     config_file: Path | None,
     evaluate_: bool,
@@ -178,7 +180,7 @@ def search_clipping(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
-@config_options("model", "data", "conversion", "run")
+@config_options("model", "data", "conversion", "evaluation", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
     """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.
 
