@@ -21,6 +21,8 @@ _HOMES = {
     "save": "pipeline.steps",
     "compare": "report",
     "convert": "deploy.native",
+    "keep_freed_memory": "memory",
+    "evaluator": "deploy.engine",
     "parity": "deploy.parity",
     "read_stats": "observers.files",
     "write_stats": "observers.stats_yaml",

@@ -10,7 +10,7 @@ NUMERICS = {"errors", "numerics"}
 GRAPH = NUMERICS | {"observers", "graph"}
 QUANTIZERS = GRAPH | {"quantizers"}
 SEARCH = QUANTIZERS | {"algorithms", "deploy", "search"}
-PIPELINE = SEARCH | {"data", "models", "report", "config", "run_dir", "launch", "pipeline"}
+PIPELINE = SEARCH | {"data", "models", "report", "config", "run_dir", "launch", "memory", "pipeline"}
 MAY_IMPORT = {
     "errors": set(),
     "numerics": NUMERICS,
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "config": NUMERICS,
     "run_dir": {"errors"},
     "launch": {"errors"},
+    "memory": set(),
     "pipeline": PIPELINE,
     "cli": PIPELINE,
     "__main__": {"cli"},

@@ -22,6 +22,7 @@ from qtool.cli.commands import print_text as _print
 from qtool.cli.stats import stats
 from qtool.config import DEVICE_OPTIONS, Config, load_config
 from qtool.config.options import PositiveFloat
+from qtool.memory import keep_freed_memory
 
 LOG = logging.getLogger("qtool")
 
@@ -46,7 +47,10 @@ def _config(config_file: Path | None, flags: dict[str, Any]) -> Config:
     if config_file is None and DEFAULT_CONFIG.is_file():
         LOG.info("settings from %s", DEFAULT_CONFIG)
         config_file = DEFAULT_CONFIG
-    return load_config(config_file, **flags)
+    config = load_config(config_file, **flags)
+    if not config.run.release_memory:
+        keep_freed_memory()
+    return config
 
 
 @click.group(
@@ -120,7 +124,9 @@ def calibrate(config_file: Path | None, histograms_portion: float | None, **flag
     type=click.Path(path_type=Path),
     help="YAML file with a quantizer in Distiller's form.",
 )
-@config_options("model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "run")
+@config_options(
+    "model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "evaluation", "run"
+)
 def quantize(
     config_file: Path | None,
     evaluate_: bool,
@@ -174,7 +180,7 @@ def search_clipping(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
-@config_options("model", "data", "conversion", "run")
+@config_options("model", "data", "conversion", "evaluation", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
     """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.
 
@@ -246,13 +252,20 @@ def schema(kind: str) -> None:
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), help="Write it as JUnit XML, which CI shows."
 )
-def check(file: Path, **options: Any) -> None:
+@click.option(
+    "--release-memory",
+    is_flag=True,
+    help="Give freed memory back to the system at once; keeping it is faster (on Linux with glibc).",
+)
+def check(file: Path, release_memory: bool, **options: Any) -> None:
     """Make the runs of a YAML file, and exit with 1 unless they reach what it expects of them.
 
     \b
     Example:
         qtool check configs/ci.yaml --junit report.xml
     """
+    if not release_memory:
+        keep_freed_memory()
     if not _pipeline("gate").check(file, _print, **options):
         raise SystemExit(1)
 

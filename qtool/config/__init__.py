@@ -1,6 +1,7 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
 from qtool.config.conversion import check_conversion
+from qtool.config.evaluation import check_evaluation
 from qtool.config.layers import check, layer_specs, own_settings
 from qtool.config.load import absolute_arch, dump_config, dump_quantizers, load_config
 from qtool.config.options import options_of
@@ -12,6 +13,7 @@ from qtool.config.sections import (
     Config,
     ConversionConfig,
     DataConfig,
+    EvaluationConfig,
     LapqConfig,
     ModelConfig,
     QuantizeConfig,
@@ -26,6 +28,7 @@ __all__ = [
     "Config",
     "ConversionConfig",
     "DataConfig",
+    "EvaluationConfig",
     "LapqConfig",
     "ModelConfig",
     "QuantizeConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "absolute_arch",
     "check",
     "check_conversion",
+    "check_evaluation",
     "check_search",
     "dump_config",
     "dump_quantizers",

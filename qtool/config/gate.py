@@ -172,6 +172,7 @@ def _read_run(
         check(config.quantizers)
         check_search(config, searches=False)
         refuse_given(config, ("conversion",), "a gate judges the simulation and converts nothing")
+        refuse_given(config, ("evaluation",), "a gate judges the simulation")
     except ConfigError as error:
         reader.note((), f"{where}: {error}")
     if config.lapq.enabled:

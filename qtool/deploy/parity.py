@@ -7,7 +7,7 @@ given the simulation's integers, and in the network, where it is given what came
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from qtool.deploy.native import NativeModel, integers
 from qtool.deploy.native.containers import make_quantized
 from qtool.deploy.native.lower import INT8
 from qtool.quantizers.prepare import QuantizedModel
+
+# Images whose integers are compared at a time.
+CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Difference:
         """Between two tensors of integers of one shape."""
         steps = (a - b).abs()
         return cls(int(steps.max()), float((steps == 0).double().mean()))
+
+    @classmethod
+    def over(cls, parts: Sequence[tuple[float, Difference]]) -> Difference:
+        """Of parts of a batch, each with the share of images that it has."""
+        equal = sum(share * part.equal for share, part in parts)
+        return cls(max(part.largest for _, part in parts), min(1.0, equal))
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,20 @@ def parity(model: QuantizedModel, native: NativeModel, x: Tensor) -> dict[str, L
     Args:
         model: the simulation.
         native: what convert has made of it.
-        x: an input batch.
+        x: an input batch; the integers of so many images as CHUNK are in memory at a time.
     """
+    parts = [(len(part) / len(x), _parity_of(model, native, part)) for part in torch.split(x, CHUNK)]
+    return {
+        name: LayerParity(
+            layer.runs,
+            Difference.over([(share, part[name].alone) for share, part in parts]),
+            Difference.over([(share, part[name].in_network) for share, part in parts]),
+        )
+        for name, layer in parts[0][1].items()
+    }
+
+
+def _parity_of(model: QuantizedModel, native: NativeModel, x: Tensor) -> dict[str, LayerParity]:
     expected = model.integers(x)
     found = integers(native, x)
     forced = _Forced(native, expected)

@@ -97,11 +97,15 @@ def native_layers(native: NativeModel) -> dict[str, dict[str, Any]]:
 
 def conversion_text(native: NativeModel, comparison: Comparison) -> str:
     """What was converted, what was not and why, and how the result compares with the simulation."""
+    return layers_text(native, f"; {comparison.agreement:.3f} % of predictions equal the simulation's")
+
+
+def layers_text(native: NativeModel, more: str = "") -> str:
+    """What runs on int8 kernels, with more to say of that, and what does not and why."""
     layers = native.layers
     others = {name: layer for name, layer in layers.items() if layer.runs != INT8}
     lines = [
-        f"{native.target.backend}: {len(layers) - len(others)} of {len(layers)} layers on int8 kernels; "
-        f"{comparison.agreement:.3f} % of predictions equal the simulation's"
+        f"{native.target.backend}: {len(layers) - len(others)} of {len(layers)} layers on int8 kernels{more}"
     ]
     for name, layer in list(others.items())[:NAMED]:
         how = "in float" if layer.runs == IN_FLOAT else layer.runs

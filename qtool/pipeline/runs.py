@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import fx
+from torch import fx, nn
 
 import qtool.config as configs
 from qtool.config import Config
@@ -34,6 +34,14 @@ from qtool.pipeline.conversion import (
 from qtool.pipeline.coverage import coverage
 from qtool.pipeline.describe import layer_quant_params, layer_table
 from qtool.pipeline.distiller_histograms import DISTILLER_HISTOGRAMS_FILE, save_histograms
+from qtool.pipeline.engine import (
+    check_engine,
+    engine_record,
+    engine_text,
+    open_engine,
+    verify,
+    write_engine,
+)
 from qtool.pipeline.inputs import (
     ADVICE,
     Images,
@@ -113,6 +121,7 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     if config.conversion.convert_pytorch and ranks.size > 1:
         raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
     configs.check_conversion(config)
+    configs.check_evaluation(config)
     target = open_target(config)
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
@@ -139,24 +148,30 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
             model, specs = with_reduced_ranges(traced, stats, model, specs)
         log_notes(model)
         native = None if target is None else convert_network(model, target)
+        engine = open_engine(config, model, evaluation)
         _write_model(config, folder, subject, traced, model, specs)
         if native is not None:
             write_native(config, folder, subject, native, subject.num_outputs())
-        results, comparison = _evaluate_both(config, subject, model, evaluation, ranks, native)
+        write_engine(folder, engine)
+        results, comparison = _evaluate_both(config, subject, engine.network, evaluation, ranks, native)
         record = _record(config, subject, evaluation, results, comparison)
+        record["engine"] = engine_record(config, engine)
         record["calibration"] = calibration_record
         shown = results
         if found is not None:
-            initial = evaluate_images(config, found.initial, evaluation, "evaluating LAPQ's start", ranks)
+            start = open_engine(config, found.initial, evaluation).network
+            initial = evaluate_images(config, start, evaluation, "evaluating LAPQ's start", ranks)
             record["lapq"] = found.record_with(initial)
             shown = {**results, "LAPQ start": initial}
         if native is not None:
             against = compare(results["quantized"], results["native"])
             record["conversion"] = conversion_record(native, against)
-        _finish(config, folder, record, evaluation, results, ranks)
-    text = f"{subject.arch}, {evaluation.words}\n{table(shown, comparison)}"
-    text += "" if native is None else f"\n{conversion_text(native, against)}"
-    return Outcome(f"{text}\n{folder}", folder, record)
+        verified, parity = verify(config, folder, model, native or engine.native, evaluation)
+        _finish(config, folder, record | parity, evaluation, results, ranks)
+    converted = "" if native is None else conversion_text(native, against)
+    lines = [f"{subject.arch}, {evaluation.words}", table(shown, comparison), engine_text(engine)]
+    text = "\n".join(filter(None, [*lines, converted, verified, str(folder)]))
+    return Outcome(text, folder, record | parity)
 
 
 @dataclass(frozen=True)
@@ -249,29 +264,41 @@ def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
     if config.conversion.convert_pytorch and ranks.size > 1:
         raise ConfigError("--qe-convert-pytorch: converts in one process; start it without torchrun")
     configs.check_conversion(config)
+    configs.check_evaluation(config)
     target = open_target(config)
     check_before_work(config, data_needed=True)
     subject = open_subject(config)
     _check_convertible(config, subject)
+    check_engine(config, subject)
     evaluation = open_evaluation(config, subject)
     model = quantized_network(subject)
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
         native = None if target is None or model is None else convert_network(model, target)
+        engine = None if model is None else open_engine(config, model, evaluation)
         if native is not None:
             write_native(config, folder, subject, native, subject.num_outputs())
-        name = subject.form
-        results = {name: evaluate_images(config, subject.network, evaluation, f"evaluating {name}", ranks)}
+        if engine is not None:
+            write_engine(folder, engine)
+        name, network = subject.form, subject.network if engine is None else engine.network
+        results = {name: evaluate_images(config, network, evaluation, f"evaluating {name}", ranks)}
         if native is not None:
             results["native"] = evaluate_images(config, native, evaluation, "evaluating native", ranks)
         record = _record(config, subject, evaluation, results, None)
-        text = f"{subject.arch}, {evaluation.words}\n{table(results)}"
+        lines = [f"{subject.arch}, {evaluation.words}", table(results)]
+        if engine is not None:
+            record["engine"] = engine_record(config, engine)
+            lines.append(engine_text(engine))
         if native is not None:
             against = compare(results["quantized"], results["native"])
             record["conversion"] = conversion_record(native, against)
-            text += f"\n{conversion_text(native, against)}"
+            lines.append(conversion_text(native, against))
+        if model is not None and engine is not None:
+            verified, parity = verify(config, folder, model, native or engine.native, evaluation)
+            record |= parity
+            lines.append(verified)
         _finish(config, folder, record, evaluation, results, ranks)
-    return Outcome(f"{text}\n{folder}", folder, record)
+    return Outcome("\n".join(filter(None, [*lines, str(folder)])), folder, record)
 
 
 def _check_convertible(config: Config, subject: Subject) -> None:
@@ -342,7 +369,7 @@ def refuse_quantized(subject: Subject, command: str) -> None:
 def _evaluate_both(
     config: Config,
     subject: Subject,
-    model: QuantizedModel,
+    model: nn.Module,
     evaluation: Images,
     ranks: Ranks,
     native: NativeModel | None = None,

@@ -33,7 +33,7 @@ RESULT_FILE = "greedy_search.yaml"
 def run(config: Config) -> runs.Outcome:
     """Decide on a clip mode for each layer; the file of those decided is written after each."""
     configs.check_search(config, searches=True)
-    configs.refuse_given(config, ("conversion",), "is of 'qtool quantize', not of this search")
+    configs.refuse_given(config, ("conversion", "evaluation"), "is of 'qtool quantize', not of this search")
     runs.check_before_work(config, data_needed=True)
     start = time.perf_counter()
     subject = open_subject(config)

@@ -5,12 +5,19 @@ numerics/affine.py). Quantize and Dequantize stand where a float part of the net
 
 An accumulator in float32 is exact while its partial sums stay below 2^24; a convolution kernel that
 transforms its input (Winograd) is off by small fractions even then, so the accumulator is rounded
-back to integers before anything is done with it.
+back to integers before anything is done with it. Where the weights and the grid of the input show that no
+sum goes beyond 2^24, and the kernel is known to add up products, there is nothing to round; and where no
+sum reaches the ends of the accumulator, nothing to saturate. Both are left out there.
+
+Weights of two-dimensional convolutions lie in memory with the channels last, which is the order that CPU
+kernels are fastest in; activations follow them. See layout.py for what cannot read that order.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +114,12 @@ def exact_ratio(ratio: Tensor) -> Tensor:
     return torch.where((short - ratio).abs() < ratio * 2**-22, short, ratio)
 
 
+def largest_integer(grid: QParams) -> float:
+    """The largest magnitude of a per-tensor grid's centered integers."""
+    zero_point = float(grid.zero_point)
+    return max(abs(grid.spec.quant_min - zero_point), abs(grid.spec.quant_max - zero_point))
+
+
 def clamp_accumulator(accumulator: Tensor, num_bits: int) -> Tensor:
     """Saturate in place at a signed accumulator of num_bits."""
     return accumulator.clamp_(-(2.0 ** (num_bits - 1)), 2.0 ** (num_bits - 1) - 1)
@@ -126,6 +139,7 @@ class QuantWeighted(nn.Module):
         requantize: the output stage.
         accum_bits: width of the accumulator.
         accum_dtype: float32, exact up to 2^24, or float64, exact up to 2^53.
+        largest_input: magnitude that the input's integers have at most, where that is known.
     """
 
     weight: Tensor
@@ -139,11 +153,18 @@ class QuantWeighted(nn.Module):
         requantize: Requantize,
         accum_bits: int,
         accum_dtype: torch.dtype,
+        largest_input: float = math.inf,
     ) -> None:
         super().__init__()
         self.compute = weighted_function(layer)
         self.geometry = {key: getattr(layer, key) for key in GEOMETRY if hasattr(layer, key)}
         self.accum_bits = accum_bits
+        channels_first = not isinstance(layer, TRANSPOSED)
+        sums = largest_sum(weight, bias, largest_input) if channels_first else math.inf
+        self.saturates = sums >= 2.0 ** (accum_bits - 1)
+        self.exact = sums <= EXACT_SUMS[accum_dtype]
+        if isinstance(layer, nn.Conv2d):
+            weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight.to(accum_dtype), persistent=False)
         if bias is not None:
             trailing = 0 if isinstance(layer, nn.Linear) else weight.dim() - 2
@@ -153,33 +174,67 @@ class QuantWeighted(nn.Module):
 
     def accumulate(self, x: Tensor) -> Tensor:
         """The integer accumulator, bias included, saturated."""
-        accumulator = self.compute(x.to(self.weight.dtype), self.weight).round_()
-        if self.bias is not None:
-            accumulator.add_(self.bias)
-        return clamp_accumulator(accumulator, self.accum_bits)
+        x = x.to(self.weight.dtype)
+        if self.exact and adds_up_products(x.device):
+            accumulator = self.compute(x, self.weight, None if self.bias is None else self.bias.flatten())
+        else:
+            accumulator = self.compute(x, self.weight, None).round_()
+            if self.bias is not None:
+                accumulator.add_(self.bias)
+        return clamp_accumulator(accumulator, self.accum_bits) if self.saturates else accumulator
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.requantize(self.accumulate(x))
         return result.float()
 
 
-def weighted_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The bias-free computation of a convolution or linear layer, as a function of input and weight."""
+# Integers up to here, and all sums of them that stay below, are exact in a float type.
+EXACT_SUMS = {torch.float32: 2.0**24, torch.float64: 2.0**53}
+
+
+def largest_sum(weight: Tensor, bias: Tensor | None, largest_input: float) -> float:
+    """A magnitude that no sum of a layer exceeds, in whatever order its products are added up.
+
+    Args:
+        weight: (C_out, ...), centered integers, float32.
+        bias: (C_out,), integers, or None.
+        largest_input: magnitude of the input's integers.
+    """
+    # Sums beyond 2^24 are off by so little here that they stay far beyond what matters.
+    sums = weight.abs().flatten(1).sum(dim=1).double() * largest_input
+    return float((sums if bias is None else sums + bias.double().abs()).max())
+
+
+def adds_up_products(device: torch.device) -> bool:
+    """Whether convolutions on a device are known to add up products, so that integers stay integers.
+
+    oneDNN's direct convolutions and matrix products do, on x86. What torch takes instead of oneDNN, or on
+    other processors, may transform its input.
+    """
+    onednn: Any = torch.backends.mkldnn
+    return device.type == "cpu" and IS_X86 and bool(onednn.is_available() and onednn.enabled)
+
+
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def weighted_function(layer: nn.Module) -> Callable[..., Tensor]:
+    """The computation of a convolution or linear layer, as a function of input, weight and bias or None."""
     if isinstance(layer, nn.Linear):
         return F.linear
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # The layer's own method knows every padding mode.
         geometry = _without_parameters(layer)
-        return lambda x, weight: geometry._conv_forward(x, weight, None)
-    transposed = {
-        nn.ConvTranspose1d: F.conv_transpose1d,
-        nn.ConvTranspose2d: F.conv_transpose2d,
-        nn.ConvTranspose3d: F.conv_transpose3d,
-    }
+        return lambda x, weight, bias=None: geometry._conv_forward(x, weight, bias)
+    transposed = dict(
+        zip(TRANSPOSED, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), strict=True)
+    )
     function: Any = next(f for base, f in transposed.items() if isinstance(layer, base))
     keys = ("stride", "padding", "output_padding", "groups", "dilation")
     settings = {key: getattr(layer, key) for key in keys}
-    return lambda x, weight: function(x, weight, None, **settings)
+    return lambda x, weight, bias=None: function(x, weight, bias, **settings)
 
 
 def _without_parameters(layer: Any) -> Any:
@@ -220,13 +275,17 @@ class _Rescaling(nn.Module):
         if scale_approx_bits is not None:
             ratios = [approximate_multiplier(ratio, scale_approx_bits) for ratio in ratios]
         self.ratios = [float(ratio) for ratio in ratios]
+        largest = max(largest_integer(q) * ratio for q, ratio in zip(inputs, self.ratios, strict=True))
+        self.saturates = largest + 1 >= 2.0 ** (accum_bits - 1)
         self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
 
     def rescale(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Integers at the output's scale; the inputs are not changed."""
-        pairs = zip(inputs, self.ratios, strict=True)
-        return [clamp_accumulator((x * ratio).round_(), self.accum_bits) for x, ratio in pairs]
+        rescaled = [(x * ratio).round_() for x, ratio in zip(inputs, self.ratios, strict=True)]
+        if self.saturates:
+            rescaled = [clamp_accumulator(x, self.accum_bits) for x in rescaled]
+        return rescaled
 
 
 class QuantAdd(_Rescaling):
@@ -235,7 +294,8 @@ class QuantAdd(_Rescaling):
     def forward(self, *inputs: Tensor) -> Tensor:
         total, *others = self.rescale(inputs)
         for other in others:
-            total = total + other
+            # Of the same shape unless one is broadcast; rescaling has made it this layer's own.
+            total = total.add_(other) if total.shape == other.shape else total + other
         return self.clamp.apply_(total)
 
 

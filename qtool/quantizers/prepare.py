@@ -20,6 +20,7 @@ from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers import plan as plans
 from qtool.quantizers.dynamic import DynamicBuilder
+from qtool.quantizers.layout import read_in_order
 from qtool.quantizers.modules import (
     Cast,
     Dequantize,
@@ -31,6 +32,7 @@ from qtool.quantizers.modules import (
     QuantProduct,
     QuantWeighted,
     Requantize,
+    largest_integer,
 )
 from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_dynamic, plan_model
 from qtool.quantizers.plan.derived import grids_read
@@ -142,6 +144,7 @@ def build(folded: Folded, plan: ModelPlan) -> QuantizedModel:
         DynamicBuilder(network, plan.layers, FLOAT_BUILDERS).run()
     else:
         _Builder(network, plan.layers).run()
+        read_in_order(network)
     network.delete_all_unused_submodules()
     network.recompile()
     return QuantizedModel(network.eval().requires_grad_(False), plan).eval()
@@ -277,6 +280,7 @@ def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], no
             requantize,
             plan.accum_bits,
             torch.float64 if plan.accum_float64 else torch.float32,
+            largest_integer(inputs[0]),
         )
     functions = {"matmul": torch.matmul, "mul": torch.mul}
     function: Any = functions.get(plan.op) or module.function

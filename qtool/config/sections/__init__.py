@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
+from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "ConversionConfig",
     "DataConfig",
+    "EvaluationConfig",
     "LapqConfig",
     "ModelConfig",
     "QuantizeConfig",
@@ -35,6 +37,7 @@ SECTIONS: dict[str, type] = {
     "lapq": LapqConfig,
     "search": SearchConfig,
     "conversion": ConversionConfig,
+    "evaluation": EvaluationConfig,
     "run": RunConfig,
 }
 
@@ -50,4 +53,5 @@ class Config:
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -37,6 +37,12 @@ class RunConfig:
     det: bool = option(
         False, click.BOOL, "Refuse operations whose result depends on timing (a GPU has some).", "--det"
     )
+    release_memory: bool = option(
+        False,
+        click.BOOL,
+        "Give freed memory back to the system at once; keeping it is faster (on Linux with glibc).",
+        "--release-memory",
+    )
     confusion: bool = option(
         False, click.BOOL, "Write confusion matrices (rows: labels, columns: predictions).", "--confusion"
     )

@@ -58,7 +58,9 @@ class NativeModel(nn.Module):
         return super().train(False)
 
 
-def convert(model: QuantizedModel, target: Target | None = None) -> NativeModel:
+def convert(
+    model: QuantizedModel, target: Target | None = None, flag: str = "--qe-convert-pytorch"
+) -> NativeModel:
     """Turn a quantized network into one on torch's int8 kernels; the given one stays as it was.
 
     Weights are the stored integers, never quantized again, so it does not matter whether the network
@@ -67,6 +69,7 @@ def convert(model: QuantizedModel, target: Target | None = None) -> NativeModel:
     Args:
         model: a network that was quantized with static ranges.
         target: where it is to run; None is the x86 engine on this machine.
+        flag: that asks for it, for messages.
 
     Raises:
         ConfigError: if its grids are found at run time, or if no layer would run on an int8 kernel.
@@ -74,7 +77,7 @@ def convert(model: QuantizedModel, target: Target | None = None) -> NativeModel:
     target = target or Target.here()
     if model.plan.dynamic:
         raise ConfigError(
-            "--qe-convert-pytorch: int8 kernels need grids that are known beforehand, and --qe-dynamic finds "
+            f"{flag}: int8 kernels need grids that are known beforehand, and --qe-dynamic finds "
             "them batch by batch; leave out one of the two"
         )
     with no_deprecation_warnings(), torch.no_grad():
@@ -82,7 +85,7 @@ def convert(model: QuantizedModel, target: Target | None = None) -> NativeModel:
     if not any(layer.runs == INT8 for layer in layers.values()):
         name, why = next(((n, layer.why) for n, layer in layers.items() if layer.why), ("", ""))
         because = f"; layer {name!r}: {why}" if why else ""
-        raise ConfigError(f"--qe-convert-pytorch: no layer would run on an int8 kernel{because}")
+        raise ConfigError(f"{flag}: no layer would run on an int8 kernel{because}")
     return NativeModel(network, layers, model, target).eval()
 
 

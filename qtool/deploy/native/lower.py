@@ -43,6 +43,7 @@ IN_FLOAT = "float"  # between a dequantize and a quantize, or in a part that sta
 
 # The forms of a value.
 KERNEL, CENTERED, FLOATS = "kernel", "centered", "floats"
+IN_ORDER = "floats in the usual order in memory"
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,23 @@ class _Lowering:
 
     def _get(self, node: fx.Node, form: str) -> fx.Node:
         """A value in one of its forms."""
-        node = self._source(node)
-        if (node, form) not in self.forms:
-            self.forms[node, form] = self._make(node, form)
-        return self.forms[node, form]
+        source = self._source(node)
+        if (source, form) not in self.forms:
+            self.forms[source, form] = self._make(source, form)
+        if form == FLOATS and self._is_in_order(node):
+            if (source, IN_ORDER) not in self.forms:
+                floats = self.forms[source, FLOATS]
+                self.forms[source, IN_ORDER] = self.graph.call_method("contiguous", (floats,))
+            return self.forms[source, IN_ORDER]
+        return self.forms[source, form]
+
+    def _is_in_order(self, node: fx.Node) -> bool:
+        """Whether a value is put in the usual order in memory on the way; kernels give channels last."""
+        while node is not self._source(node):
+            if node.meta.get("op") == "contiguous":
+                return True
+            (node,) = tensor_inputs(node)[:1]
+        return False
 
     def _make(self, node: fx.Node, form: str) -> fx.Node:
         is_border = isinstance(self._module(node), Quantize)

@@ -201,3 +201,23 @@ def test_a_function_with_other_tensors_keeps_them(kernel_batch):
     native = convert(model)
     assert native.layers["add"].runs != SIMULATED
     assert torch.equal(native(kernel_batch[:3]), model(kernel_batch[:3]))
+
+
+class Shuffling(nn.Module):
+    """Views values in their order in memory, in a float part and where a grid ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        groups = x.view(x.size(0), 2, 3, 8, 8).transpose(1, 2).contiguous()
+        return self.last(groups.view(x.size(0), 6, 8, 8)).view(x.size(0), -1)
+
+
+def test_views_are_given_values_in_their_usual_order():
+    torch.manual_seed(0)
+    net, x = Shuffling().eval(), torch.randn(4, 3, 8, 8)
+    model = qtool.quantize(net, qtool.calibrate(net, [x]), qtool.QuantizeConfig(mode="asym_u"))
+    assert torch.allclose(convert(model)(x), model(x), atol=0.05)

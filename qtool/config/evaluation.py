@@ -1,0 +1,38 @@
+"""Which settings of the evaluation of a quantized network fit together."""
+
+from __future__ import annotations
+
+from qtool.config.sections import Config
+from qtool.config.sections.evaluation import AUTO, INT8, SIMULATE
+from qtool.errors import ConfigError
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuse an engine that cannot be had, and a comparison with nothing to compare.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    engine, converts = config.evaluation.engine, config.conversion.convert_pytorch
+    if engine != SIMULATE and converts:
+        raise ConfigError(
+            f"--engine {engine}: --qe-convert-pytorch evaluates int8 kernels beside the simulation; leave "
+            "one of the two out"
+        )
+    if config.evaluation.verify is not None and engine == SIMULATE and not converts:
+        raise ConfigError(
+            "--verify: compares int8 kernels with the simulation, and only the simulation is asked for; add "
+            f"--engine {INT8}, --engine {AUTO} or --qe-convert-pytorch"
+        )
+    if engine != INT8:
+        return
+    if config.quantizers.dynamic:
+        raise ConfigError(
+            "--engine int8: int8 kernels need grids that are known beforehand, and --qe-dynamic finds them "
+            "batch by batch; leave out one of the two"
+        )
+    if config.run.chosen_device != "cpu":
+        raise ConfigError(
+            f"--engine int8: torch's int8 kernels run on the CPU, not on {config.run.chosen_device}; use "
+            "--device cpu"
+        )
