@@ -125,7 +125,16 @@ def calibrate(config_file: Path | None, histograms_portion: float | None, **flag
     help="YAML file with a quantizer in Distiller's form.",
 )
 @config_options(
-    "model", "data", "calibration", "quantizers", "lapq", "search", "conversion", "evaluation", "run"
+    "model",
+    "data",
+    "calibration",
+    "quantizers",
+    "corrections",
+    "lapq",
+    "search",
+    "conversion",
+    "evaluation",
+    "run",
 )
 def quantize(
     config_file: Path | None,

@@ -171,6 +171,7 @@ def _read_run(
     try:
         check(config.quantizers)
         check_search(config, searches=False)
+        refuse_given(config, ("search",), "a gate does not search")
         refuse_given(config, ("conversion",), "a gate judges the simulation and converts nothing")
         refuse_given(config, ("evaluation",), "a gate judges the simulation")
     except ConfigError as error:

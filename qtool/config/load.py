@@ -13,7 +13,7 @@ import yaml
 from qtool.config.distiller import QUANTIZER_CLASS, find_quantizer
 from qtool.config.options import Option, options_of
 from qtool.config.reader import Reader
-from qtool.config.sections import DEVICE_OPTIONS, SECTIONS, Config, QuantizeConfig, RunConfig
+from qtool.config.sections import DEVICE_OPTIONS, LISTS, SECTIONS, Config, QuantizeConfig, RunConfig
 from qtool.config.yaml_file import parse
 from qtool.errors import ConfigError, nearest
 
@@ -100,6 +100,8 @@ def read_sections(path: Path, given: Collection[str] = ()) -> dict[str, dict[str
             reader.note((section,), f"unknown section {section!r}{nearest(section, SECTIONS)}")
         elif isinstance(body, dict):
             values[section] = reader.section(section, body)
+        elif isinstance(body, list) and section in LISTS:
+            values[section] = reader.section(section, {LISTS[section]: body})
         elif body is not None:
             reader.note((section,), f"{section}: found {body!r}; a mapping of settings is wanted")
     reader.finish()

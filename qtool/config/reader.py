@@ -21,6 +21,7 @@ from qtool.config.sections import (
     QuantizeConfig,
     RunConfig,
 )
+from qtool.config.sections.corrections import Method
 from qtool.config.yaml_file import Lines
 from qtool.errors import ConfigError, nearest
 
@@ -234,6 +235,11 @@ def _convert(described: Option, value: Any) -> Any:
 
 
 def _convert_text(described: Option, value: Any) -> Any:
+    if isinstance(described.type, Method) and isinstance(value, dict):
+        try:
+            return described.type.convert(value, None, None)
+        except click.BadParameter as error:
+            raise _Problem(error.message) from error
     if described.is_flag != isinstance(value, bool):
         wanted = "true or false" if described.is_flag else f"a value ({described.type.name})"
         raise _Problem(f"found {value!r}; {wanted} is wanted")

@@ -14,7 +14,8 @@ import click
 from qtool.config.distiller import KEYS, MODE_KEYS, MODES, QUANTIZER_CLASS, WITHOUT_EFFECT
 from qtool.config.gate import Expect, RunSettings, Settings, ThresholdType
 from qtool.config.options import Bits, FloatBits, Numbers, Option, Pair, PositiveFloat, Shape, options_of
-from qtool.config.sections import INPUT_SETTINGS, OVERRIDABLE, SECTIONS, QuantizeConfig
+from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, QuantizeConfig
+from qtool.config.sections.corrections import METHODS, Method
 from qtool.config.wording import default_of_key, help_of_key
 from qtool.numerics.spec import MAX_BITS
 
@@ -88,7 +89,11 @@ def _definitions() -> dict[str, Schema]:
     """A schema for each section, and for the parts of a quantizer."""
     found = {}
     for name, cls in SECTIONS.items():
-        found[name] = {"title": str(cls.__doc__), **_mapping(_properties(cls))}
+        properties = _properties(cls)
+        found[name] = {"title": str(cls.__doc__), **_mapping(properties)}
+        if name in LISTS:
+            as_list = {**properties[LISTS[name]], "title": str(cls.__doc__)}
+            found[name] = {"anyOf": [found[name], as_list]}
     own = _quantizer("override")
     distiller = _quantizer("distiller_override", _distillers_properties)
     found["quantizer"] = {"title": found["quantizers"]["title"], **own}
@@ -208,6 +213,13 @@ def _option_schema(name: str, default: Any, described: Option) -> Schema:
 
 def _accepted(described: Option) -> Schema:
     """What the values of an option may be; null means that it is not given, or for bits, float."""
+    if isinstance(described.type, Method):
+        named = {"type": "string", "examples": list(METHODS)}
+        settings = {name: {"type": ["object", "null"]} for name in METHODS}
+        one = {
+            "anyOf": [named, {**_mapping(settings), "type": "object", "minProperties": 1, "maxProperties": 1}]
+        }
+        return {"anyOf": [*one["anyOf"], {"type": "array", "items": one}, {"type": "null"}]}
     if described.multiple:
         types = ["string", "number"]
         return {"type": [*types, "array", "null"], "items": {"type": types}}

@@ -29,9 +29,14 @@ def check_search(config: Config, searches: bool) -> None:
     lapq = config.lapq
     if not searches and not lapq.enabled:
         _note_clip_to_observed(config.quantizers)
-        refuse_given(config, ("lapq", "search"), "has an effect with --qe-lapq only; add that")
+        refuse_given(config, ("lapq",), "has an effect with --qe-lapq only; add that")
+        if not config.corrections.asked:
+            refuse_given(config, ("search",), "has an effect with --qe-lapq or --corrections only; add one")
+        elif config.search.eval_size != type(config.search).eval_size:
+            raise ConfigError("--search-eval-size: is of --qe-lapq; --corrections-images says how many")
         return
     if searches:
+        refuse_given(config, ("corrections",), "is of 'qtool quantize', not of this search")
         refuse_given(config, ("lapq",), "is of 'qtool quantize', not of this search")
     name = "--qe-lapq" if lapq.enabled else "search-clipping"
     if config.quantizers.dynamic:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,10 @@ class Images:
     words: str
     preprocessing: Preprocessing
     from_evaluation: bool = False
+
+    def part(self, places: Sequence[int]) -> Images:
+        """Those at some places among the indices."""
+        return replace(self, indices=[self.indices[place] for place in places])
 
     def loader(self, config: Config, batch_size: int | None = None, ranks: Ranks = ALONE) -> Loader:
         """Batches of them, in order: those of this process, of the size that is asked for, or the run's."""

@@ -19,8 +19,6 @@ from qtool.config import Config
 from qtool.deploy.native import NativeModel
 from qtool.errors import ConfigError
 from qtool.numerics.spec import LayerSpec
-from qtool.observers.files import read_stats
-from qtool.observers.stats import ModelStats
 from qtool.observers.stats_yaml import write_stats
 from qtool.pipeline import steps
 from qtool.pipeline.conversion import (
@@ -28,7 +26,6 @@ from qtool.pipeline.conversion import (
     conversion_text,
     convert_network,
     open_target,
-    with_reduced_ranges,
     write_native,
 )
 from qtool.pipeline.coverage import coverage
@@ -52,15 +49,13 @@ from qtool.pipeline.inputs import (
     open_evaluation,
     open_subject,
     quantized_network,
-    shared_images,
 )
 from qtool.pipeline.logits import outputs_of
 from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.passes import evaluate_images, measure_stats
-from qtool.pipeline.provenance import check_origin
+from qtool.pipeline.quantizing import open_quantization, quantize_network
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.pipeline.run_folder import run_folder
-from qtool.pipeline.searches import open_search, quantize_with_lapq
 from qtool.pipeline.stats_files import STATS_FILE, save_stats
 from qtool.quantizers.plan import FLOAT, INTEGER, NOT_ASKED, UNREACHED
 from qtool.quantizers.prepare import QuantizedModel
@@ -128,40 +123,29 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     refuse_quantized(subject, "quantize")
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
-    specs: Mapping[str, LayerSpec]
-    specs = steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
+    steps.specs_for(traced, config.quantizers)  # an unmatched pattern is found before any long work
     note_idle_settings(traced, config.quantizers)
-    ranges = find_ranges(config, subject, traced, evaluation, searches=config.lapq.enabled)
-    searched = open_search(config, subject, evaluation, ranges.calibration) if config.lapq.enabled else None
+    plans = open_quantization(config, subject, traced, evaluation, ranks)
     with run_folder(config, ranks) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats, calibration_record = find_stats(config, traced, ranges, folder, ranks)
-        found = None
-        if searched is None:
-            model = steps.quantize(traced, stats, config.quantizers)
-        else:
-            assert stats is not None
-            found = quantize_with_lapq(config, folder, subject, traced, stats, searched)
-            model, specs = found.model, found.specs
-        if config.conversion.reduce_range:
-            assert stats is not None
-            model, specs = with_reduced_ranges(traced, stats, model, specs)
+        done = quantize_network(config, plans, folder, ranks)
+        model = done.model
         log_notes(model)
         native = None if target is None else convert_network(model, target)
         engine = open_engine(config, model, evaluation)
-        _write_model(config, folder, subject, traced, model, specs)
+        _write_model(config, folder, subject, traced, model, done.specs)
         if native is not None:
             write_native(config, folder, subject, native, subject.num_outputs())
         write_engine(folder, engine)
         results, comparison = _evaluate_both(config, subject, engine.network, evaluation, ranks, native)
         record = _record(config, subject, evaluation, results, comparison)
         record["engine"] = engine_record(config, engine)
-        record["calibration"] = calibration_record
+        record |= done.record
         shown = results
-        if found is not None:
-            start = open_engine(config, found.initial, evaluation).network
+        if done.searched is not None:
+            start = open_engine(config, done.searched.initial, evaluation).network
             initial = evaluate_images(config, start, evaluation, "evaluating LAPQ's start", ranks)
-            record["lapq"] = found.record_with(initial)
+            record["lapq"] = done.searched.record_with(initial)
             shown = {**results, "LAPQ start": initial}
         if native is not None:
             against = compare(results["quantized"], results["native"])
@@ -172,74 +156,6 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
     lines = [f"{subject.arch}, {evaluation.words}", table(shown, comparison), engine_text(engine)]
     text = "\n".join(filter(None, [*lines, converted, verified, str(folder)]))
     return Outcome(text, folder, record | parity)
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Where the ranges of activations come from: one of the two, or neither in dynamic mode.
-
-    Args:
-        given: statistics from a file.
-        calibration: images to measure them on.
-        record: the same for results.json.
-    """
-
-    given: ModelStats | None
-    calibration: Images | None
-    record: dict[str, Any]
-
-
-def find_ranges(
-    config: Config, subject: Subject, traced: fx.GraphModule, evaluation: Images, searches: bool = False
-) -> Ranges:
-    """Open the one source of ranges that was asked for; several at once are refused.
-
-    Args:
-        config, subject, traced, evaluation: of the run.
-        searches: whether calibration images beside statistics have a use: a search evaluates on them.
-    """
-    asked = config.calibration
-    stats_file = config.quantizers.stats_file
-    if config.quantizers.dynamic or stats_file is not None:
-        source = "--qe-dynamic" if config.quantizers.dynamic else "--qe-stats-file"
-        wanted = (asked.fraction, asked.calib_samples, asked.calib_data, asked.calib_split)
-        if any(value is not None for value in wanted) and not searches:
-            raise ConfigError(
-                f"{source}: calibration images were given too; leave out {source}, "
-                "or the options of calibration"
-            )
-        if stats_file is None:
-            LOG.info("dynamic mode: the ranges of activations are those of each batch")
-            return Ranges(None, None, {"dynamic": True, "per_sample": config.quantizers.per_sample})
-        given = read_stats(stats_file)
-        check_origin(given, traced, subject.preprocessing, config.quantizers.stats_as_is)
-        LOG.info("statistics: %s", given.source)
-        return Ranges(given, None, {"stats_file": str(stats_file)})
-    images = open_calibration(config, subject, evaluation)
-    overlap = shared_images(evaluation, images)
-    return Ranges(None, images, {"dataset": images.dataset.name, "overlap": overlap})
-
-
-def find_stats(
-    config: Config, traced: fx.GraphModule, ranges: Ranges, folder: Path, ranks: Ranks = ALONE
-) -> tuple[ModelStats | None, dict[str, Any]]:
-    """The statistics of a run, and what results.json says of them.
-
-    They are measured and written unless there are some; None in dynamic mode. Those of a run whose
-    search is resumed are taken over.
-    """
-    if ranges.calibration is None:
-        return ranges.given, ranges.record
-    earlier = None if config.search.resume is None else config.search.resume / STATS_FILE
-    if earlier is not None and earlier.is_file():
-        LOG.info("statistics: %s", earlier)
-        stats = read_stats(earlier)
-        record: dict[str, Any] = {"stats_file": str(earlier)}
-    else:
-        stats, skipped = measure_stats(config, traced, ranges.calibration, ranks)
-        record = {"images": len(ranges.calibration.indices) - skipped, "skipped": skipped}
-    save_stats(stats, folder / STATS_FILE)
-    return stats, record | ranges.record
 
 
 def _write_model(

@@ -18,6 +18,7 @@ from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec
 from qtool.pipeline import runs, steps
 from qtool.pipeline.inputs import open_evaluation, open_subject
+from qtool.pipeline.ranges import find_ranges, find_stats
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.searches import journal_of, load_batches, open_search, search_inputs
 from qtool.run_dir import write_text
@@ -41,11 +42,11 @@ def run(config: Config) -> runs.Outcome:
     evaluation = open_evaluation(config, subject)
     traced = subject.traced()
     specs = specs_by_mode(config.quantizers, traced)
-    ranges = runs.find_ranges(config, subject, traced, evaluation, searches=True)
+    ranges = find_ranges(config, subject, traced, evaluation, searches=True)
     searched = open_search(config, subject, evaluation, ranges.calibration)
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", subject.arch, subject.weights)
-        stats, _ = runs.find_stats(config, traced, ranges, folder)
+        stats, _ = find_stats(config, traced, ranges, folder)
         assert stats is not None  # dynamic mode is refused
         trials = Trials(traced, stats, load_batches(config, searched), config.run.chosen_device)
         inputs = {"search": "clipping", **search_inputs(config, subject, traced, stats, searched)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
+from qtool.config.sections.corrections import METHODS, CorrectionConfig, CorrectionsConfig
 from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
@@ -14,12 +15,16 @@ from qtool.config.sections.searches import LapqConfig, SearchConfig
 __all__ = [
     "DEVICE_OPTIONS",
     "INPUT_SETTINGS",
+    "LISTS",
+    "METHODS",
     "NATIVE_BACKENDS",
     "OVERRIDABLE",
     "SECTIONS",
     "CalibrationConfig",
     "Config",
     "ConversionConfig",
+    "CorrectionConfig",
+    "CorrectionsConfig",
     "DataConfig",
     "EvaluationConfig",
     "LapqConfig",
@@ -29,11 +34,14 @@ __all__ = [
     "SearchConfig",
 ]
 
+# Sections that may be written as a list, and the option that it is.
+LISTS = {"corrections": "methods"}
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "calibration": CalibrationConfig,
     "quantizers": QuantizeConfig,
+    "corrections": CorrectionsConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
     "conversion": ConversionConfig,
@@ -50,6 +58,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantizers: QuantizeConfig = field(default_factory=QuantizeConfig)
+    corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)

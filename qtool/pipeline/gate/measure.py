@@ -18,7 +18,11 @@ from qtool.data.loader import Batch, make_loader
 from qtool.numerics.metrics import ratio_db, top_k_correct
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import passes, runs, steps
-from qtool.pipeline.inputs import open_evaluation, open_subject, weights_sha256
+from qtool.pipeline.corrections.run import correct, open_corrections
+from qtool.pipeline.inputs import open_calibration, open_evaluation, open_subject, weights_sha256
+from qtool.pipeline.ranges import find_ranges
+from qtool.pipeline.ranks import ALONE
+from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Result
 
 Flags = NDArray[np.bool_]
@@ -136,7 +140,7 @@ class Bench:
             name: of the run, for the progress bar.
         """
         device = config.run.chosen_device
-        model = steps.quantize(self._traced, self._stats_for(config), config.quantizers)
+        model = self._quantized(config)
         runs.log_notes(model)
         model = steps.evaluable(model, device)
         data = config.data
@@ -161,8 +165,17 @@ class Bench:
             self._float_results.append(steps.evaluate(self._float, [batch], device=device))
         return self._float_results[number]
 
+    def _quantized(self, config: Config) -> QuantizedModel:
+        corrections = open_corrections(config, self._traced, ALONE)
+        if corrections is None:
+            return steps.quantize(self._traced, self._stats_for(config), config.quantizers)
+        ranges = find_ranges(config, self._subject, self._traced, self._evaluation, searches=True)
+        images = ranges.calibration or open_calibration(config, self._subject, self._evaluation)
+        corrected, _ = correct(config, self._traced, corrections, images, ranges.given, None)
+        return corrected.model
+
     def _stats_for(self, config: Config) -> ModelStats | None:
-        ranges = runs.find_ranges(config, self._subject, self._traced, self._evaluation)
+        ranges = find_ranges(config, self._subject, self._traced, self._evaluation)
         if ranges.calibration is None:
             return ranges.given
         key = config.calibration

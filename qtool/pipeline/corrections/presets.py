@@ -1,0 +1,131 @@
+"""What a preset stands for: corrections and estimators that fit a network and its bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from qtool.config import CorrectionConfig, QuantizeConfig
+from qtool.graph.neighbours import following_op
+from qtool.graph.trace import layers, tensor_inputs
+from qtool.numerics.spec import LayerSpec
+
+FAST, ACCURATE, BEST = "fast", "accurate", "best"
+FEW_BITS = 6
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a preset looks at.
+
+    Args:
+        weight_bits, activation_bits: the fewest of any layer; None where all stay in float.
+        per_tensor: whether any weight has one grid for all its channels.
+        normed: whether batch norms follow convolutions.
+        attention: whether there are attentions or layer norms.
+        linked: whether a layer's output goes through a ReLU, a ReLU6 or nothing into one other layer.
+    """
+
+    weight_bits: int | None
+    activation_bits: int | None
+    per_tensor: bool
+    normed: bool
+    attention: bool
+    linked: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a preset chose.
+
+    Args:
+        quantizers: the settings of the quantizer, estimators included.
+        methods: the corrections, in order.
+        words: what was chosen and why, a line each.
+    """
+
+    quantizers: QuantizeConfig
+    methods: tuple[CorrectionConfig, ...]
+    words: tuple[str, ...]
+
+
+def traits_of(traced: fx.GraphModule, specs: dict[str, LayerSpec]) -> Traits:
+    """What a preset looks at; batch norms of traced are not folded yet."""
+    ops = {node.meta["op"] for _, node, _ in layers(traced)}
+    weights = [s.weight for s in specs.values() if s.weight is not None]
+    outputs = [s.output for s in specs.values() if s.output is not None]
+    return Traits(
+        min((w.num_bits for w in weights), default=None),
+        min((o.num_bits for o in outputs), default=None),
+        any(w.axis is None for w in weights),
+        "batch_norm" in ops,
+        not ops.isdisjoint({"softmax", "layer_norm", "scaled_dot_product_attention"}),
+        any(_is_linked(node) for _, node, _ in layers(traced)),
+    )
+
+
+def _is_linked(node: fx.Node) -> bool:
+    """Whether a batch norm's output goes into one convolution alone, through an activation at most."""
+    if node.meta["op"] != "batch_norm" or tensor_inputs(node)[0].meta.get("op") != "conv":
+        return False
+    following = following_op(node)
+    while following is not None and following[0] in ("relu", "relu6"):
+        following = following_op(following[1])
+    return following is not None and following[0] == "conv"
+
+
+def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
+    """What a preset stands for here.
+
+    Bits, modes and granularity stay as they were asked for; so does an estimator that was chosen.
+    """
+    words: list[str] = []
+    methods: list[CorrectionConfig] = []
+    quantizers = _estimators(preset, quantizers, traits, words)
+    _equalization(preset, traits, methods, words)
+    weight_bits = traits.weight_bits or 32
+    few = min(weight_bits, traits.activation_bits or 32) < 8
+    if traits.weight_bits is None:
+        words.append("weights stay in float, and with them their biases")
+    elif preset == FAST:
+        methods.append(_method("fast_bias_correction"))
+        words.append("fast bias correction: the mean error of the weights")
+    elif preset == ACCURATE:
+        methods.append(_method("bias_correction"))
+        words.append("bias correction, layer after layer: the mean error of weights and activations")
+    else:
+        methods.append(_method("gptq"))
+        words.append("GPTQ: integers of weights by the error of each layer's output")
+        methods.append(_method("reconstruction"))
+        words.append("reconstruction: rounding and scales of activations learned block by block")
+        if few:
+            methods.append(_method("bias_correction"))
+            words.append("bias correction, layer after layer, for what is left")
+    return Choice(quantizers, tuple(methods), tuple(words))
+
+
+def _estimators(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
+    """Ranges by the smallest squared error where bits are few; those that were chosen stay."""
+    if (traits.weight_bits or 32) < 8 and quantizers.clip_weights == "none":
+        quantizers = replace(quantizers, clip_weights="mse")
+        words.append(f"ranges of weights by mse: {traits.weight_bits} bits")
+    if (traits.activation_bits or 32) < 8 and quantizers.clip_activations == "none":
+        quantizers = replace(quantizers, clip_activations="mse")
+        words.append(f"ranges of activations by mse: {traits.activation_bits} bits")
+    return quantizers
+
+
+def _equalization(preset: str, traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:
+    if traits.attention:
+        words.append("no equalization across layers: attention and layer norms stand between them")
+    elif not traits.linked:
+        words.append("no equalization: no layer's output goes into one other layer alone")
+    elif traits.per_tensor:
+        methods.append(_method("equalization", by="weights"))
+        words.append("equalization of weights: they have one grid per tensor")
+
+
+def _method(name: str, **settings: Any) -> CorrectionConfig:
+    return CorrectionConfig(name, settings)
