@@ -232,28 +232,35 @@ class _Sweeps:
     def _is_depthwise(self, name: str) -> bool:
         return self.groups[name] > 1 and self.weights[name].shape == (self.groups[name], 1)
 
-    def _now(self, name: str) -> Tensor:
-        """The largest magnitude of each kernel with all factors so far, (C_out, C_in / groups)."""
-        weight, groups = self.weights[name], self.groups[name]
-        outputs, inputs = self.rescaling.outputs.get(name), self.rescaling.inputs.get(name)
-        if inputs is not None:
-            weight = (by_groups(weight, groups) * of_inputs(inputs, groups)).reshape(weight.shape)
-        return weight if outputs is None else weight / outputs.unsqueeze(1)
-
     def _range_in_front(self, link: Link) -> Tensor:
-        return self._now(link.first).amax(1)
+        """The range of each output channel with all factors so far, (C_out,)."""
+        name, groups = link.first, self.groups[link.first]
+        inputs, outputs = self.rescaling.inputs.get(name), self.rescaling.outputs.get(name)
+        weight = self.weights[name]
+        if inputs is not None:
+            weight = (by_groups(weight, groups) * of_inputs(inputs.float(), groups)).reshape(weight.shape)
+        found = weight.amax(1).double()
+        return found if outputs is None else found / outputs
 
     def _depthwise_range(self, link: Link) -> Tensor:
-        return self._now(link.readers[0].name).flatten()
+        return self._input_range(link.readers[0].name)
 
     def _range_behind(self, link: Link) -> Tensor:
+        """The range of the weights that read each channel, with all factors so far, (C,)."""
         found = [
-            gathered_max(
-                input_maxima(self._now(reader.name), self.groups[reader.name]), reader.channels, link.channels
-            )
+            gathered_max(self._input_range(reader.name), reader.channels, link.channels)
             for reader in link.readers
         ]
         return torch.stack(found).amax(0)
+
+    def _input_range(self, name: str) -> Tensor:
+        """The range of each input channel of a layer with all factors so far, (C_in,)."""
+        inputs, outputs = self.rescaling.inputs.get(name), self.rescaling.outputs.get(name)
+        weight = self.weights[name]
+        if outputs is not None:
+            weight = weight / outputs.float().unsqueeze(1)
+        found = input_maxima(weight, self.groups[name]).double()
+        return found if inputs is None else found * inputs
 
 
 def _activation_range(link: Link, traced: fx.GraphModule, stats: ModelStats) -> Tensor | None:

@@ -106,7 +106,8 @@ def gathered_max(values: Tensor, channels: Tensor, count: int) -> Tensor:
 
 def magnitudes(weight: Tensor) -> Tensor:
     """The largest magnitude of each kernel: (C_out, C_in / groups, ...) to (C_out, C_in / groups)."""
-    return weight.detach().double().abs().flatten(2).amax(2) if weight.dim() > 2 else weight.double().abs()
+    sizes = weight.detach().abs()
+    return sizes.flatten(2).amax(2) if weight.dim() > 2 else sizes
 
 
 def by_groups(matrix: Tensor, groups: int) -> Tensor:

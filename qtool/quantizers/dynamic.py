@@ -23,7 +23,7 @@ from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_fr
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import InputSpec, QParams
 from qtool.quantizers import plan as plans
-from qtool.quantizers.limits import ACTIVATION_LIMITS, OutputClamp
+from qtool.quantizers.limits import OutputClamp, activated
 from qtool.quantizers.modules import Cast, clamp_accumulator, exact_ratio, weighted_function
 from qtool.quantizers.plan import DYNAMIC_FAKE, LayerPlan
 from qtool.quantizers.weights import (
@@ -94,8 +94,8 @@ class _DynamicLayer(nn.Module):
         return put_on_grid(x, asked, self.approx_bits)
 
     def give(self, x: Tensor) -> OnGrid:
-        """A float result, which is overwritten, through the activation and onto a grid."""
-        x = self._activated(x) if self.asked.activation is not None else x
+        """A float result through the activation and onto a grid."""
+        x = x if self.asked.activation is None else activated(x, self.asked.activation, self.limit)
         return put_on_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
 
     def requantize(self, accumulator: Tensor, scale: Tensor) -> OnGrid:
@@ -103,18 +103,13 @@ class _DynamicLayer(nn.Module):
         x = (accumulator * scale).float()
         if self.approx_bits is None:
             return self.give(x)
-        x = self._activated(x)
+        x = activated(x, self.asked.activation, self.limit)
         grid = live_grid(x, InputSpec(self.asked.output, self.asked.clip), self.approx_bits)
         ratio = approximate_multiplier(
             exact_ratio(scale.double() / grid.scale.double()), self.approx_bits
         ).float()
         clamp = OutputClamp(grid, self.asked.activation, self.limit)
         return OnGrid(clamp.apply_((accumulator.float() * ratio).round_()), grid.scale)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        """Through the activation, in place."""
-        low, high = ACTIVATION_LIMITS[self.asked.activation]
-        return x.clamp_(low, high) if self.limit is None else x.clamp_(min=low).clamp_(max=self.limit)
 
 
 def _approximated(accum_scale: Tensor, num_bits: int) -> Tensor:
@@ -204,8 +199,7 @@ class DynamicFake(_DynamicLayer):
             return {k: taken(v) for k, v in value.items()} if isinstance(value, dict) else value
 
         result: Tensor = self.operation(*taken(args), **taken(kwargs))
-        # The operation may have given back a view of its input.
-        return self.give(result.clone() if self.asked.activation is not None else result)
+        return self.give(result)
 
 
 class DynamicEmbedding(nn.Module):

@@ -12,6 +12,18 @@ from qtool.numerics.spec import QParams
 ACTIVATION_LIMITS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
+def activated(x: Tensor, activation: str | None, limit: Tensor | None = None) -> Tensor:
+    """Float values behind the activation that a layer computes.
+
+    Args:
+        x: (N, ...), units of the layer's output.
+        activation: None, "relu" or "relu6".
+        limit: of a ReLU6 whose upper end differs between channels, see LayerPlan.
+    """
+    low, high = ACTIVATION_LIMITS[activation]
+    return x.clamp(low, high) if limit is None else torch.minimum(x.clamp(min=low), limit)
+
+
 class OutputClamp(nn.Module):
     """The integers that a layer can give, its activation included.
 

@@ -13,7 +13,7 @@ from qtool.graph.trace import trace
 from qtool.pipeline.steps import specs_for
 from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
-from qtool.quantizers.limits import OutputClamp
+from qtool.quantizers.limits import OutputClamp, activated
 from qtool.quantizers.plan import FAKE, FLOAT, IDENTITY, INTEGER
 from qtool.quantizers.prepare import build, quantize_graph
 
@@ -119,6 +119,14 @@ def test_the_clamp_of_channels_is_exact_in_place():
     x = torch.tensor([[-3.0, -3.0, -3.0], [2.0, 4.0, 15.0], [9.0, 9.0, 99.0]])
     assert torch.equal(clamp.apply_(x), torch.tensor([[0.0, 0.0, 0.0], [2.0, 4.0, 15.0], [2.0, 4.0, 15.0]]))
     assert (clamp.low, clamp.high) == (0.0, 15.0)
+
+
+def test_floats_go_through_the_activation_that_a_layer_computes():
+    x = torch.tensor([[-1.0, 3.0], [4.0, 9.0]])
+    assert torch.equal(activated(x, None), x)
+    assert activated(x, "relu").tolist() == [[0.0, 3.0], [4.0, 9.0]]
+    assert activated(x, "relu6").tolist() == [[0.0, 3.0], [4.0, 6.0]]
+    assert activated(x, "relu6", torch.tensor([2.0, 8.0])).tolist() == [[0.0, 3.0], [2.0, 8.0]]
 
 
 def test_a_bias_that_a_correction_made_survives_the_file(chain_net, tiny_batches):
