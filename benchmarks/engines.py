@@ -3,7 +3,7 @@
     python benchmarks/engines.py benchmarks/engines.md
     QTOOL_DATA=path/to/data python benchmarks/engines.py benchmarks/engines.md --images 1000
 
-Random weights and noise of 224 x 224 in memory; asym_u activations, symmetric weights per channel, and
+Random weights and noise of 224 x 224 in memory; asym_u activations, symmetric weights per channel,
 calibrated on two images. Each round runs every network once, one after the other; a time is the least of all
 rounds, a ratio is to the plain eager float network in the same process. Networks share a process that keeps
 freed memory, as the command line does; below them stands the same with glibc's default. With --images, also

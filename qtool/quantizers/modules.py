@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize_centered, quantize_centered
 from qtool.numerics.spec import QParams
+from qtool.quantizers.blocks import blocks
 from qtool.quantizers.limits import OutputClamp
 
 
@@ -100,7 +101,9 @@ class Requantize(nn.Module):
 
     def forward(self, accumulator: Tensor) -> Tensor:
         """Overwrites the accumulator, which is this layer's own."""
-        return self.clamp.apply_(accumulator.mul_(self.ratio).round_())
+        for (part,) in blocks(accumulator):
+            self.clamp.apply_(part.mul_(self.ratio).round_())
+        return accumulator
 
 
 def exact_ratio(ratio: Tensor) -> Tensor:
@@ -280,9 +283,11 @@ class _Rescaling(nn.Module):
         self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
 
-    def rescale(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Integers at the output's scale; the inputs are not changed."""
-        rescaled = [(x * ratio).round_() for x, ratio in zip(inputs, self.ratios, strict=True)]
+    def rescale(self, inputs: Sequence[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        """Integers at the output's scale, the first of them in out; the inputs are not changed."""
+        places = [out, *[None] * (len(inputs) - 1)]
+        pairs = zip(inputs, self.ratios, places, strict=True)
+        rescaled = [torch.mul(x, ratio, out=place).round_() for x, ratio, place in pairs]
         if self.saturates:
             rescaled = [clamp_accumulator(x, self.accum_bits) for x in rescaled]
         return rescaled
@@ -292,9 +297,17 @@ class QuantAdd(_Rescaling):
     """The sum of two or more quantized tensors."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        total, *others = self.rescale(inputs)
+        if any(x.shape != inputs[0].shape or x.requires_grad for x in inputs):
+            return self._sum(inputs)
+        result = torch.empty_like(inputs[0])
+        for out, *parts in blocks(result, *inputs):
+            self._sum(parts, out)
+        return result
+
+    def _sum(self, inputs: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        total, *others = self.rescale(inputs, out)
         for other in others:
-            # Of the same shape unless one is broadcast; rescaling has made it this layer's own.
+            # Rescaling has made it this layer's own.
             total = total.add_(other) if total.shape == other.shape else total + other
         return self.clamp.apply_(total)
 

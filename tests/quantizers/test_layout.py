@@ -191,3 +191,24 @@ def test_an_addition_leaves_its_inputs_as_they_were():
     assert a.tolist() == [[1.0, -3.0]] and b.tolist() == [[2.0, 200.0]]
     assert not add.saturates
     assert QuantAdd([grid, grid], grid, None, 8).saturates
+
+
+def test_large_tensors_in_parts_give_the_plain_integers(tiny_net, tiny_batches, monkeypatch):
+    stats = qtool.calibrate(tiny_net, tiny_batches)
+    model = qtool.quantize(tiny_net, stats, qtool.QuantizeConfig(mode="asym_u", per_channel_weights=True))
+    x = torch.cat(tiny_batches)
+    whole = model.integers(x)
+    seen = []
+    monkeypatch.setattr("qtool.quantizers.blocks.BLOCK", 2 * 8 * 8 * 8)
+    apply = model.network.add.clamp.apply_
+    monkeypatch.setattr(model.network.add.clamp, "apply_", lambda t: seen.append(len(t)) or apply(t))
+    parts = model.integers(x)
+    assert seen == [2] * 6
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_inputs_with_gradients_are_taken_whole(tiny_net, tiny_batches, monkeypatch):
+    model = qtool.quantize(tiny_net, qtool.calibrate(tiny_net, tiny_batches))
+    monkeypatch.setattr("qtool.quantizers.blocks.BLOCK", 1)
+    x = tiny_batches[0]
+    assert torch.equal(model(x.clone().requires_grad_()), model(x))
