@@ -25,3 +25,21 @@ def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
         return [tensors]
     images = max(1, BLOCK * len(first) // first.numel())
     return zip(*(torch.split(t, images) for t in tensors), strict=True)
+
+
+def memory_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Flat views of tensors of one shape, the same values of each, or the tensors where their orders differ.
+
+    Example:
+        >>> x = torch.zeros(2, 3, 4, 4)
+        >>> [a.shape for a, _ in memory_blocks(x, x)], len(list(memory_blocks(x, x.transpose(2, 3))))
+        ([torch.Size([96])], 1)
+    """
+    first = tensors[0]
+    dense = first.is_contiguous() or (
+        first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or any(t.stride() != first.stride() or t.shape != first.shape for t in tensors):
+        return [tensors]
+    flat = (t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors)
+    return zip(*(torch.split(t, BLOCK // 2) for t in flat), strict=True)

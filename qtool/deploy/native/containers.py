@@ -133,6 +133,12 @@ def make_quantized(integers: Tensor, container: Container) -> Tensor:
     return make(integers, container.scale, container.zero_point)  # type: ignore[no-any-return]
 
 
+def stored(x: Tensor) -> Tensor:
+    """The integers of a quantized tensor, uint8, in its own memory; int_repr copies them one by one."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 class FloatThenGrid(nn.Module):
     """A float operation whose output goes into a quantized tensor."""
 

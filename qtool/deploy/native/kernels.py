@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.deploy.native.containers import Container, within, within_channels
+from qtool.deploy.native.containers import Container, make_quantized, stored, within, within_channels
 from qtool.deploy.native.portable import OnednnConv
 from qtool.deploy.native.target import engine
 from qtool.deploy.native.weights import PackedWeights
+from qtool.quantizers.blocks import memory_blocks
 from qtool.quantizers.limits import OutputClamp
 
 
@@ -157,18 +158,28 @@ class RoundedAdd(nn.Module):
     def __init__(self, inputs: tuple[Container, ...], ratios: list[float], output: Container) -> None:
         super().__init__()
         self.output = output
-        self.scales = [container.scale for container in inputs]
+        self.zero_points = [float(container.zero_point) for container in inputs]
         self.ratios = ratios
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        c = self.output
-        total = self._rounded(a, 0).add_(self._rounded(b, 1))
-        return within(torch.quantize_per_tensor(total.mul_(c.scale), c.scale, c.zero_point, torch.quint8), c)
+        jit: Any = torch.jit
+        # A program is to take any batch size.
+        if a.shape != b.shape or jit.is_tracing():
+            return make_quantized(self._sum(a.int_repr(), b.int_repr()).int_repr(), self.output)
+        total = torch.empty_like(stored(a))
+        for out, part, other in memory_blocks(total, stored(a), stored(b)):
+            out.copy_(stored(self._sum(part, other)))
+        return make_quantized(total, self.output)
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of unsigned integers, in the simulation's arithmetic; on a grid of scale 1."""
+        total = self._rounded(x, 0) + self._rounded(y, 1)
+        total = total.clamp_(max=self.output.high - self.output.zero_point)
+        return torch.quantize_per_tensor(total, 1.0, self.output.zero_point, torch.quint8)
 
     def _rounded(self, x: Tensor, index: int) -> Tensor:
-        """In steps of the output; by way of exact integers, so that ties stay ties."""
-        centered = x.dequantize().mul_(1 / self.scales[index]).round_()
-        return centered.mul_(self.ratios[index]).round_()
+        """In steps of the output, centered."""
+        return x.float().sub_(self.zero_points[index]).mul_(self.ratios[index]).round_()
 
 
 class Mul(nn.Module):
