@@ -214,7 +214,8 @@ def _option_schema(name: str, default: Any, described: Option) -> Schema:
 def _accepted(described: Option) -> Schema:
     """What the values of an option may be; null means that it is not given, or for bits, float."""
     if isinstance(described.type, Method):
-        named = {"type": "string", "examples": list(METHODS)}
+        item = rf"({'|'.join(METHODS)}|\{{.*\}})"
+        named = {"type": "string", "pattern": rf"^\s*{item}(\s*,\s*{item})*\s*$", "examples": list(METHODS)}
         settings = {name: {"type": ["object", "null"]} for name in METHODS}
         one = {
             "anyOf": [named, {**_mapping(settings), "type": "object", "minProperties": 1, "maxProperties": 1}]
