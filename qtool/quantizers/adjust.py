@@ -110,6 +110,35 @@ def _check(plan: ModelPlan, weights: NewGrids, outputs: NewGrids) -> None:
                 )
 
 
+def changed_modules(
+    network: fx.GraphModule, traced: fx.GraphModule, before: ModelPlan, after: ModelPlan
+) -> dict[str, nn.Module]:
+    """The modules of a quantized network that another plan of the same kinds of layers changes.
+
+    Args:
+        network: built from traced and before.
+        traced: the float network, batch norms folded.
+        before, after: layers that nothing changes for have the same LayerPlan, the same object.
+
+    Returns:
+        By name: new layers where the plan is another, which it is wherever an integer input's grid is; and
+        new borders to float where a changed grid ends.
+    """
+    grids = value_grids(traced, after.layers)
+    found = {}
+    for name, node, module in layers(traced):
+        plan = after.layers[name]
+        if plan is not before.layers[name]:
+            found[name] = build_layer(module, plan, grids_read(node, plan, grids), node)
+    for node in network.graph.nodes:
+        source = _origin(node) if node.meta["op"] == "dequantize" else None
+        if source is not None and after.layers[source].output is not before.layers[source].output:
+            output = after.layers[source].output
+            assert output is not None
+            found[str(node.target)] = Dequantize(output)
+    return found
+
+
 class Adjustable:
     """A quantized network whose grids can be changed.
 
@@ -148,33 +177,10 @@ class Adjustable:
         """
         before = self.model.plan
         self.model.plan = adjusted(self.folded.traced, before, weights, outputs)
-        return frozenset(self._replace_layers(before) | self._replace_borders(before))
-
-    def _replace_layers(self, before: ModelPlan) -> set[str]:
-        """New modules where the plan is another, which it is wherever an integer input's grid is."""
-        traced, plans = self.folded.traced, self.model.plan.layers
-        grids = value_grids(traced, plans)
-        found = set()
-        for name, node, module in layers(traced):
-            plan = plans[name]
-            if plan is not before.layers[name]:
-                self._put(name, build_layer(module, plan, grids_read(node, plan, grids), node))
-                found.add(name)
-        return found
-
-    def _replace_borders(self, before: ModelPlan) -> set[str]:
-        """New modules where a changed grid ends."""
-        plans = self.model.plan.layers
-        found = set()
-        for node in self.model.network.graph.nodes:
-            source = _origin(node) if node.meta["op"] == "dequantize" else None
-            if source is None or plans[source].output is before.layers[source].output:
-                continue
-            output = plans[source].output
-            assert output is not None
-            self._put(str(node.target), Dequantize(output))
-            found.add(str(node.target))
-        return found
+        new = changed_modules(self.model.network, self.folded.traced, before, self.model.plan)
+        for name, module in new.items():
+            self._put(name, module)
+        return frozenset(new)
 
     def _put(self, name: str, module: nn.Module) -> None:
         if self.device.type != "cpu":

@@ -8,7 +8,7 @@ both networks, whatever is done at the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 
 from qtool.graph.edit import with_parameters
 from qtool.graph.fold import Folded
-from qtool.graph.trace import copy_graph, layers
+from qtool.graph.trace import copy_graph, layers, tensor_inputs
 from qtool.graph.walk import Walk
 from qtool.numerics.affine import dequantize_centered
 from qtool.numerics.spec import QParams
-from qtool.quantizers.plan import INTEGER, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
+from qtool.quantizers.adjust import adjusted, changed_modules
+from qtool.quantizers.plan import IDENTITY, INTEGER, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
 from qtool.quantizers.plan.derived import grids_read, value_grids, with_accumulator
 from qtool.quantizers.prepare import build, build_layer
 from qtool.quantizers.weights import fake_quantize_bias
@@ -45,6 +46,19 @@ class Moment:
         self.module = module
         self.plan: LayerPlan = lockstep.plan.layers[name]
 
+    @property
+    def images(self) -> int:
+        """How many images there are, in all batches."""
+        return self._lockstep.images
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the layer reads in float and behind the quantized prefix, batch by batch.
+
+        The same as float_inputs and quant_inputs, of which only one batch is in memory.
+        """
+        lockstep = self._lockstep
+        return zip(lockstep.float_inputs(self.name), lockstep.quant_inputs(self.name), strict=True)
+
     @cached_property
     def float_inputs(self) -> list[Tensor]:
         """What the layer reads in the float network, for each batch; not to be written to."""
@@ -67,6 +81,8 @@ class Lockstep:
 
     Attributes:
         folded, plan: with all changes so far; those that were given stay as they were.
+        batches: as given.
+        images: how many there are, in all batches.
     """
 
     def __init__(
@@ -76,6 +92,8 @@ class Lockstep:
         self.folded = Folded(copy_graph(folded.traced), folded.pairs)
         self.plan = plan
         self.network = build(self.folded, plan).network
+        self.batches = batches
+        self.images = sum(len(batch) for batch in batches)
         self.float_walk = Walk(reference, batches)
         self.quant_walk = Walk(self.network, batches)
         self._grids = value_grids(self.folded.traced, plan.layers)
@@ -83,6 +101,8 @@ class Lockstep:
         quantized = [node for node in self.network.graph.nodes if "layer" in node.meta]
         self._quant_nodes: dict[str, fx.Node] = {node.meta["layer"]: node for node in quantized}
         self._own_nodes = {name: node for name, node, _ in layers(self.folded.traced)}
+        self._float_by_name = {node.name: node for node in reference.graph.nodes}
+        self._quant_by_name = {node.name: node for node in self.network.graph.nodes}
 
     def node(self, name: str) -> fx.Node:
         """A layer's node in the float reference."""
@@ -114,14 +134,47 @@ class Lockstep:
         Args:
             quantized: whether the quantized network runs; without it there are no quant_inputs.
         """
-        for name, node, module in layers(self.reference):
-            plan = self.plan.layers[name]
-            if plan.kind not in HAS_INTEGERS or node.meta["op"] not in WEIGHTED:
-                continue
-            self.float_walk.before(node)
+        modules = {name: module for name, _, module in layers(self.reference)}
+        for name in integer_layers(self.reference, self.plan):
+            self.float_walk.before(self.node(name))
             if quantized:
                 self.quant_walk.before(self.quant_node(name))
-            yield Moment(self, name, module)
+            yield Moment(self, name, modules[name])
+
+    def float_values(self, node: fx.Node) -> list[Tensor]:
+        """What a node of folded.traced gives in the float network, for each batch; it runs up to there."""
+        here = self._float_by_name[node.name]
+        self.float_walk.past(here)
+        return self.float_walk.values(here)
+
+    def quant_values(self, node: fx.Node) -> tuple[list[Tensor], QParams | None]:
+        """What a node of folded.traced gives in the quantized network, which runs up to there.
+
+        Returns:
+            For each batch its values, and the grid of which they are the centered integers, None for floats.
+        """
+        grid = self._grids[node]
+        while "layer" in node.meta and self.plan.layers[node.meta["layer"]].kind == IDENTITY:
+            node = tensor_inputs(node)[0]  # the layer in front of it gives its values
+        here = self._quant_by_name[node.name]
+        self.quant_walk.past(here)
+        return self.quant_walk.values(here), grid
+
+    def move_outputs(self, outputs: Mapping[str, QParams]) -> None:
+        """Give layers other output grids, and what reads them what follows; none of these may have run yet.
+
+        Args:
+            outputs: by layer, of the bits and the mode that they have.
+
+        Raises:
+            ValueError: as adjusted does.
+        """
+        before = self.plan
+        self.plan = adjusted(self.folded.traced, before, outputs=outputs)
+        self._grids = value_grids(self.folded.traced, self.plan.layers)
+        new = changed_modules(self.network, self.folded.traced, before, self.plan)
+        for name, module in new.items():
+            self.network.set_submodule(name, module.eval().requires_grad_(False))
 
     def change(
         self,
@@ -156,6 +209,12 @@ class Lockstep:
         node = self._own_nodes[name]
         read = grids_read(node, plan, self._grids)
         self.network.set_submodule(name, build_layer(module, plan, read, node).eval().requires_grad_(False))
+
+
+def integer_layers(reference: fx.GraphModule, plan: ModelPlan) -> list[str]:
+    """The names of the convolutions and linear layers with integer weights, in the order of execution."""
+    found = ((name, node.meta["op"]) for name, node, _ in layers(reference))
+    return [name for name, op in found if plan.layers[name].kind in HAS_INTEGERS and op in WEIGHTED]
 
 
 def float_bias(module: nn.Module, channels: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtool.config import QuantizeConfig
 from qtool.graph.fold import Folded, fold_batch_norms, move_stats
 from qtool.graph.trace import trace
+from qtool.numerics.metrics import sqnr_db
 from qtool.pipeline import steps
 from qtool.quantizers.plan import ModelPlan, plan_model
 from qtool.quantizers.prepare import build
@@ -56,6 +57,30 @@ def planned() -> Callable[..., Planned]:
         return Planned(folded, plan_model(folded.traced, stats, specs), batches)
 
     return make
+
+
+@pytest.fixture
+def planned_w4(planned) -> Callable[..., tuple[Folded, ModelPlan]]:
+    """planned_w4(net, batches, **settings): the folded network, and a plan of it with 4-bit weights."""
+
+    def make(net: nn.Module, batches: list[Tensor], **settings) -> tuple[Folded, ModelPlan]:
+        found = planned(net, batches, **{"bits_weights": 4, **settings})
+        return found.folded, found.plan
+
+    return make
+
+
+@pytest.fixture
+def logits_sqnr() -> Callable[..., float]:
+    """logits_sqnr(reference, folded, plan, batches): in dB."""
+
+    def measure(reference: nn.Module, folded: Folded, plan: ModelPlan, batches: list[Tensor]) -> float:
+        quantized = build(folded, plan)
+        with torch.no_grad():
+            pairs = [(reference(x), quantized(x)) for x in batches]
+        return sqnr_db(torch.cat([y for y, _ in pairs]), torch.cat([y for _, y in pairs]))
+
+    return measure
 
 
 @pytest.fixture

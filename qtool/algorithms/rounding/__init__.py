@@ -1,0 +1,1 @@
+"""What the methods that choose integers of weights share: what a layer reads, its grid, its loss."""
