@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qtool.algorithms.adaround import AdaRoundSettings, adaround
 from qtool.algorithms.analytic_bias import correct_bias_without_data
 from qtool.algorithms.bias_correction import (
     FastBiasSettings,
@@ -17,6 +18,8 @@ from qtool.algorithms.bias_correction import (
 )
 from qtool.algorithms.channel_alignment import ChannelAlignmentSettings, align_channels
 from qtool.algorithms.equalization import EqualizationSettings, equalize
+from qtool.algorithms.gptq import GptqSettings, gptq
+from qtool.algorithms.reconstruction import ReconstructionSettings, reconstruct
 from qtool.algorithms.smooth_quant import SmoothQuantSettings, smooth
 from qtool.algorithms.weight_correction import WeightCorrectionSettings, correct_weights
 from qtool.config import CorrectionConfig
@@ -53,6 +56,9 @@ METHODS = {
     "bias_correction": Method(PLAN, correct_bias_sequentially, SequentialBiasSettings, ("batches",)),
     "analytic_bias_correction": Method(PLAN, correct_bias_without_data, FastBiasSettings, ("traced",)),
     "weight_correction": Method(PLAN, correct_weights, WeightCorrectionSettings, ("batches",)),
+    "gptq": Method(PLAN, gptq, GptqSettings, LEARNED),
+    "adaround": Method(PLAN, adaround, AdaRoundSettings, LEARNED),
+    "reconstruction": Method(PLAN, reconstruct, ReconstructionSettings, LEARNED),
 }
 
 
