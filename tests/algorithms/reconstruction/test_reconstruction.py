@@ -13,7 +13,8 @@ from qtool.algorithms.store import MemoryStore
 from qtool.quantizers.lockstep import Lockstep, integer_layers
 from qtool.quantizers.prepare import build
 
-FAST = ReconstructionSettings(iterations=120, batch=6)
+# A tenth of so few images would be two.
+FAST = ReconstructionSettings(iterations=120, batch=6, held_out=0.2, drop=0.5)
 
 
 class Residual(nn.Module):
