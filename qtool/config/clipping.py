@@ -16,6 +16,23 @@ from qtool.numerics.spec import (
     ClipSpec,
 )
 
+# What `auto` takes, by the measurements in benchmarks/estimators.md: at 8 bits and more the extremes but
+# for one value in 100,000, which rounds finer than the extremes and clips next to nothing; below, the
+# smallest squared error. Weights of 8 bits and more keep their extremes.
+AUTO = "auto"
+FEW_BITS = 7
+AUTO_PERCENTILE = 99.999
+
+
+def auto_mode(num_bits: int) -> tuple[str, float]:
+    """The clip mode that `auto` stands for on activations, and its percentile.
+
+    Example:
+        >>> auto_mode(8), auto_mode(4)[0]
+        (('percentile', 99.999), 'mse')
+    """
+    return ("mse" if 0 < num_bits <= FEW_BITS else "percentile"), AUTO_PERCENTILE
+
 
 def _is_used(settings: QuantizeConfig, setting: str) -> bool:
     """Whether a layer's output, or one of its inputs, is clipped by a mode that reads the setting."""
@@ -68,7 +85,7 @@ def check_clipping(where: str, settings: QuantizeConfig) -> None:
             f"{where}--qe-clip-acts {clip}: has published constants for up to {ACIQ_MAX_BITS} bits, found "
             f"{settings.bits_activations}; choose another clip mode"
         )
-    if settings.dynamic and clip not in LIVE_CLIP_MODES:
+    if settings.dynamic and clip not in (*LIVE_CLIP_MODES, AUTO):
         raise ConfigError(
             f"{where}--qe-clip-acts {clip}: reads what calibration measured, and --qe-dynamic does without; "
             f"choose one of {', '.join(LIVE_CLIP_MODES)}"
@@ -93,9 +110,12 @@ def _check_weights(where: str, settings: QuantizeConfig) -> None:
 
 def clip_of_activations(settings: QuantizeConfig, half_range: bool = False) -> ClipSpec:
     """How the range of a layer's outputs, or of an input, is chosen."""
-    percentile, outlier_prob = settings.clip_percentile, settings.clip_outlier_prob
+    mode, percentile = settings.clip_activations, settings.clip_percentile
+    outlier_prob = settings.clip_outlier_prob
+    if mode == AUTO:
+        mode, percentile = auto_mode(settings.bits_activations)
     return ClipSpec(
-        settings.clip_activations,
+        mode,
         settings.clip_n_stds,
         half_range,
         settings.clip_to_observed,
@@ -108,9 +128,9 @@ def clip_of_weights(settings: QuantizeConfig) -> ClipSpec | None:
     """How the range of a layer's weights is chosen; None is by their smallest and largest value."""
     if settings.also_clip_weights:
         return clip_of_activations(settings)
-    if settings.clip_weights == "none":
+    mode, percentile = settings.clip_weights, settings.clip_percentile_weights
+    if mode == AUTO:
+        mode = "mse" if 0 < settings.bits_weights <= FEW_BITS else "none"
+    if mode == "none":
         return None
-    percentile = settings.clip_percentile_weights
-    return ClipSpec(
-        settings.clip_weights, percentile=DEFAULT_PERCENTILE if percentile is None else percentile
-    )
+    return ClipSpec(mode, percentile=DEFAULT_PERCENTILE if percentile is None else percentile)

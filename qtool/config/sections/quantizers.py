@@ -65,8 +65,8 @@ class QuantizeConfig:
     )
     clip_activations: str = option(
         "none",
-        click.Choice(CLIP_MODES),
-        "How the range of activations is chosen (docs/estimators.md).",
+        click.Choice((*CLIP_MODES, "auto")),
+        "How the range of activations is chosen (docs/estimators.md); auto by the bits.",
         "--qe-clip-acts",
         "--qeca",
     )
@@ -100,7 +100,10 @@ class QuantizeConfig:
         shown_default=f"{DEFAULT_OUTLIER_PROB:g}",
     )
     clip_weights: str = option(
-        "none", click.Choice(WEIGHT_CLIP_MODES), "How the range of weights is chosen.", "--qe-clip-wts"
+        "none",
+        click.Choice((*WEIGHT_CLIP_MODES, "auto")),
+        "How the range of weights is chosen; auto by the bits.",
+        "--qe-clip-wts",
     )
     clip_percentile_weights: float | None = option(
         None,

@@ -8,12 +8,12 @@ from typing import Any
 from torch import fx
 
 from qtool.config import CorrectionConfig, QuantizeConfig
+from qtool.config.clipping import AUTO
 from qtool.graph.neighbours import following_op
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec
 
 FAST, ACCURATE, BEST = "fast", "accurate", "best"
-FEW_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """
     words: list[str] = []
     methods: list[CorrectionConfig] = []
-    quantizers = _estimators(preset, quantizers, traits, words)
+    quantizers = _estimators(quantizers, words)
     _equalization(preset, traits, methods, words)
     weight_bits = traits.weight_bits or 32
     few = min(weight_bits, traits.activation_bits or 32) < 8
@@ -106,14 +106,15 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     return Choice(quantizers, tuple(methods), tuple(words))
 
 
-def _estimators(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
-    """Ranges by the smallest squared error where bits are few; those that were chosen stay."""
-    if (traits.weight_bits or 32) < 8 and quantizers.clip_weights == "none":
-        quantizers = replace(quantizers, clip_weights="mse")
-        words.append(f"ranges of weights by mse: {traits.weight_bits} bits")
-    if (traits.activation_bits or 32) < 8 and quantizers.clip_activations == "none":
-        quantizers = replace(quantizers, clip_activations="mse")
-        words.append(f"ranges of activations by mse: {traits.activation_bits} bits")
+def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
+    """Ranges by the number of bits; those that were chosen stay."""
+    if quantizers.clip_weights == "none" and not quantizers.also_clip_weights:
+        quantizers = replace(quantizers, clip_weights=AUTO)
+    if quantizers.clip_activations == "none":
+        quantizers = replace(quantizers, clip_activations=AUTO)
+        words.append(
+            "ranges by the bits: below 8 mse, else percentile 99.999 (activations), extremes (weights)"
+        )
     return quantizers
 
 
