@@ -38,7 +38,8 @@ class MeanInput:
         elif x.dim() < self._dims:
             x = x[None]  # an image without a batch axis
         before, count = self._sums.get(x.shape[1:], (0.0, 0))
-        self._sums[x.shape[1:]] = before + x.sum(0, dtype=torch.float64), count + len(x)
+        # Sums of few images in float32, as adding them up in float64 would cost more than the layer.
+        self._sums[x.shape[1:]] = before + x.sum(0).double(), count + len(x)
 
     @classmethod
     def of(cls, module: nn.Module, batches: Iterable[Tensor]) -> MeanInput:
@@ -84,21 +85,19 @@ class Spread:
     def __init__(self, channel_axis: int) -> None:
         self._axis = channel_axis
         self._count = 0
-        self._mean: Tensor = torch.zeros((), dtype=torch.float64)
+        self._sum: Tensor = torch.zeros((), dtype=torch.float64)
         self._squares: Tensor = torch.zeros((), dtype=torch.float64)
 
     def add(self, y: Tensor) -> None:
         """Count a batch of outputs."""
-        rows = y.movedim(self._axis, 0).flatten(1)  # (C, elements)
-        variance, mean = torch.var_mean(rows, dim=1, correction=0)
-        count, off = rows.shape[1], mean.double() - self._mean
-        both = self._count + count
-        # Chan et al. 1983: squares about a common mean, however the elements came in batches.
-        self._squares = self._squares + variance.double() * count + off**2 * (self._count * count / both)
-        self._mean = self._mean + off * (count / both)
-        self._count = both
+        rows = y.movedim(self._axis, 1) if y.dim() > 1 else y[None]
+        rows = rows.reshape(*rows.shape[:2], -1)  # (N, C, elements)
+        self._count += rows.shape[0] * rows.shape[2]
+        self._sum = self._sum + rows.sum(2).double().sum(0)
+        self._squares = self._squares + torch.linalg.vector_norm(rows, dim=2).double().square().sum(0)
 
     @property
     def std(self) -> Tensor:
-        """(C,), float64."""
-        return (self._squares / self._count).sqrt()
+        """(C,), float64; off by some 1e-4 of the mean where that is all there is."""
+        mean = self._sum / self._count
+        return (self._squares / self._count - mean**2).clamp(min=0).sqrt()

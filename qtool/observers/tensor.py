@@ -82,7 +82,7 @@ class TensorObserver:
     pivot: float | None = None
     latest: tuple[int, Extremes] | None = None
     _numel: int = 0
-    _images: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    _images: list[tuple[int, NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=list)
     _channel_min: Tensor | None = None
     _channel_max: Tensor | None = None
     _chunks: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)
@@ -163,10 +163,11 @@ class TensorObserver:
         return float(off.sum()), float(off.square().sum()), float(off.clamp(min=0).sum())
 
     def _note_images(self, number: int, first: int, found: Extremes, sums: NDArray[np.float64]) -> None:
-        low, high = found.image_min, found.image_max
+        # Arrays of their own take less memory than tensors do.
+        low, high = found.image_min.numpy().copy(), found.image_max.numpy().copy()
         if self._chunks and self._chunks[-1][0] == number:  # the layer was called again, as in a loop
             _, earlier_low, earlier_high = self._images.pop()
-            low, high = torch.minimum(low, earlier_low), torch.maximum(high, earlier_high)
+            low, high = np.minimum(low, earlier_low), np.maximum(high, earlier_high)
             sums = sums + self._chunks.pop()[1]
         self._images.append((first, low, high))
         self._chunks.append((number, sums))
@@ -192,8 +193,8 @@ class TensorObserver:
             shape=self.shape,
             numel=self._numel,
             images=np.concatenate([first + np.arange(len(low)) for first, low, _ in self._images]),
-            image_min=torch.cat([low for _, low, _ in self._images]).numpy(),
-            image_max=torch.cat([high for _, _, high in self._images]).numpy(),
+            image_min=np.concatenate([low for _, low, _ in self._images]),
+            image_max=np.concatenate([high for _, _, high in self._images]),
             channel_min=self._channel_min.numpy(),
             channel_max=self._channel_max.numpy(),
             pivot=self.pivot,

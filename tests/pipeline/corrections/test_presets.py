@@ -1,0 +1,68 @@
+"""What presets choose for which network and bits."""
+
+import pytest
+import torchvision
+
+from qtool.config import CorrectionsConfig, QuantizeConfig
+from qtool.graph.trace import trace
+from qtool.pipeline import steps
+from qtool.pipeline.corrections import decide
+from qtool.pipeline.corrections.presets import traits_of
+
+
+def _decide(traced, preset, **settings):
+    return decide(traced, QuantizeConfig(mode="asym_u", **settings), CorrectionsConfig(preset=preset))
+
+
+@pytest.fixture
+def traced(tiny_net, tiny_batches):
+    return trace(tiny_net, tiny_batches[0])
+
+
+def test_none_changes_nothing(traced):
+    found = _decide(traced, "none")
+    assert found.methods == () and found.quantizers == QuantizeConfig(mode="asym_u")
+
+
+def test_chosen_estimators_stay(traced):
+    found = _decide(traced, "fast", clip_activations="avg", clip_weights="percentile").quantizers
+    assert (found.clip_activations, found.clip_weights) == ("avg", "percentile")
+
+
+def test_bits_modes_and_granularity_stay(traced):
+    found = _decide(traced, "best", bits_weights=4, bits_activations=6).quantizers
+    assert (found.mode, found.bits_weights, found.bits_activations) == ("asym_u", 4, 6)
+    assert not found.per_channel_weights
+
+
+def test_each_preset_does_more_than_the_one_before(traced):
+    names = [{c.name for c in _decide(traced, p, bits_weights=4).methods} for p in ("fast", "accurate", "best")]
+    assert names[0] and names[1] - names[0] and "reconstruction" in names[2] - names[1]
+
+
+def test_weights_in_float_need_no_correction(traced):
+    assert _decide(traced, "best", bits_weights=0).methods == ()
+
+
+def test_equalization_is_for_one_grid_per_tensor(linked_net, tiny_batches):
+    traced = trace(linked_net, tiny_batches[0])
+    of_tensors = _decide(traced, "fast")
+    of_channels = _decide(traced, "fast", per_channel_weights=True)
+    assert "equalization" in {c.name for c in of_tensors.methods}
+    assert "equalization" not in {c.name for c in of_channels.methods}
+
+
+def test_a_transformer_gets_no_equalization():
+    net = torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 32).eval()
+    traced = trace(net, steps.example_input((3, 32, 32)))
+    assert traits_of(traced, steps.specs_for(traced, QuantizeConfig())).attention
+    found = _decide(traced, "best")
+    assert "equalization" not in {c.name for c in found.methods}
+    assert any("attention" in line for line in found.words)
+
+
+def test_named_methods_come_in_place_of_the_preset_s(traced):
+    asked = CorrectionsConfig(preset="best", methods=("bias_correction",))
+    found = decide(traced, QuantizeConfig(mode="asym_u"), asked)
+    assert [c.name for c in found.methods] == ["bias_correction"]
+    assert found.quantizers.clip_activations == "auto"
