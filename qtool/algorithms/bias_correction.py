@@ -2,9 +2,11 @@
 
 `fast` compares each layer with its quantized weights on what the float network reads. `sequential` gives the
 quantized layer what the quantized network in front of it makes, corrections included, so that what one layer
-could not mend the next one does. Both take the difference of two means of the same kind, so that a layer
-which quantization does not change gets no correction. The rounding and the clamp of the layer's own output
-are no part of it.
+could not mend the next one does; it matches means where they are read, behind a ReLU and a residual sum:
+equal means in front of a ReLU do not stay equal behind it, as noise alone raises them, and such errors grow
+from block to block. Both take the difference of two means of the same kind, so that a layer which
+quantization does not change gets no correction. The rounding and the clamp of the layer's own output are no
+part of it.
 
 Reference:
     Nagel et al. 2019, arXiv:1906.04721, section 4.2 (empirical bias correction).
@@ -13,7 +15,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,15 +30,13 @@ from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
 from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
+from qtool.quantizers.plan.derived import saturates, with_room
 from qtool.quantizers.plan.weights_only import weights_only
-from qtool.quantizers.weights import weight_integers
 
 FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
 STEERED = "the network's code branches or loops by values, which cannot be walked layer by layer"
 NOT_FINITE = "it gives NaN or infinity"
 PLACES = ("activation", "output")
-# An error that does not show, as a share of a bias.
-LITTLE = 1e-3
 Found = tuple[Folded, ModelPlan, CorrectionReport]
 
 
@@ -353,30 +353,13 @@ def apply_shift(
 
 
 def _make_room(lockstep: Lockstep, name: str, bias: Tensor) -> int:
-    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were.
-
-    A channel with weights of about zero has steps so short that a 32-bit bias saturates, and is lost.
-    """
+    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were."""
     plan, grid = lockstep.plan.layers[name], lockstep.input_grid(name)
-    lacking = saturates(plan, bias)
-    if grid is None or plan.scale_approx_bits is not None or not bool(lacking.any()):
+    if grid is None:
         return 0
-    assert plan.weight is not None and plan.weight_q is not None
-    largest = max(abs(limit - float(grid.zero_point)) for limit in (grid.spec.quant_min, grid.spec.quant_max))
-    steps = 2.0 ** (plan.accum_bits - 1) - 1
-    # How far rounding to wider steps can move an output, as a share of the bias.
-    if plan.weight.spec.axis is None or plan.weight_q[0].numel() * largest / 2 / steps > LITTLE:
+    roomy = with_room(plan, grid, bias, lockstep.folded.traced.get_submodule(name))
+    if roomy is plan:
         return 0
-    wider = (bias.abs() * (1 + 1e-6) / steps / grid.scale.double()).float()
-    weight = replace(plan.weight, scale=torch.where(lacking, wider, plan.weight.scale))
-    integers = weight_integers(lockstep.folded.traced.get_submodule(name), weight)
-    rows = along_axis(lacking, 0, integers.dim())
-    lockstep.change(name, weight_q=torch.where(rows, integers, plan.weight_q), weight=weight)
-    return int(lacking.sum())
-
-
-def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
-    """Whether each channel's bias, (C,), is beyond the ends of the layer's accumulator; (C,) bool."""
-    if plan.accum_scale is None:
-        return torch.zeros(len(bias), dtype=torch.bool)  # on a grid of its own, wide enough for all
-    return (bias / plan.accum_scale).abs() > 2.0 ** (plan.accum_bits - 1) - 1
+    assert plan.weight is not None and roomy.weight is not None
+    lockstep.change(name, weight_q=roomy.weight_q, weight=roomy.weight)
+    return int((plan.weight.scale != roomy.weight.scale).sum())
