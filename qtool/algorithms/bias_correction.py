@@ -2,9 +2,11 @@
 
 `fast` compares each layer with its quantized weights on what the float network reads. `sequential` gives the
 quantized layer what the quantized network in front of it makes, corrections included, so that what one layer
-could not mend the next one does. Both take the difference of two means of the same kind, so that a layer
-which quantization does not change gets no correction. The rounding and the clamp of the layer's own output
-are no part of it.
+could not mend the next one does; it matches means where they are read, behind a ReLU and a residual sum:
+equal means in front of a ReLU do not stay equal behind it, as noise alone raises them, and such errors grow
+from block to block. Both take the difference of two means of the same kind, so that a layer which
+quantization does not change gets no correction. The rounding and the clamp of the layer's own output are no
+part of it.
 
 Reference:
     Nagel et al. 2019, arXiv:1906.04721, section 4.2 (empirical bias correction).
@@ -13,12 +15,13 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from qtool.algorithms.channel_means import MeanInput, Spread, mean_output
+from qtool.algorithms.read_point import ReadPoint, Sampler, operands, read_point, shift_behind
 from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
 from qtool.graph.control import is_steered
 from qtool.graph.fold import Folded, output_channels_first, restore_layout
@@ -27,14 +30,13 @@ from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
 from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
+from qtool.quantizers.plan.derived import saturates, with_room
 from qtool.quantizers.plan.weights_only import weights_only
-from qtool.quantizers.weights import weight_integers
 
 FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
 STEERED = "the network's code branches or loops by values, which cannot be walked layer by layer"
 NOT_FINITE = "it gives NaN or infinity"
-# An error that does not show, as a share of a bias.
-LITTLE = 1e-3
+PLACES = ("activation", "output")
 Found = tuple[Folded, ModelPlan, CorrectionReport]
 
 
@@ -64,9 +66,20 @@ class SequentialBiasSettings(FastBiasSettings):
     Args:
         include_activations: whether the network in front of a layer has its activations on grids too, or
             its weights only.
+        at: where the means are to be equal: "activation", behind the ReLU and the residual sum that the
+            layer's output goes into, where it is read, or "output", in front of them.
+
+    Raises:
+        ValueError: if at is neither, or max_shift not positive.
     """
 
     include_activations: bool = True
+    at: str = "activation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.at not in PLACES:
+            raise ValueError(f"at must be {' or '.join(PLACES)}, found {self.at!r}")
 
 
 def guarded(shift: Tensor, std: Tensor, max_shift: float) -> tuple[Tensor, Tensor]:
@@ -195,10 +208,14 @@ def _corrected(
             name: STEERED for name, layer in lockstep.plan.layers.items() if _is_asked(name, layer, layers)
         }
         return lockstep.folded, lockstep.plan, CorrectionReport(method, (), left)
+    behind = isinstance(settings, SequentialBiasSettings) and settings.at == "activation"
     for moment in walked.moments(quantized=not same_inputs):
         if moment.name not in layers:
             continue
+        point = read_point(walked, moment.name) if behind else ReadPoint()
         shift, std = _shift(walked, moment, same_inputs)
+        if point != ReadPoint():
+            shift = _shift_where_read(walked, moment, point, shift, settings.max_shift * std)
         found = apply_shift(lockstep, moment.name, shift, std, settings.max_shift)
         if isinstance(found, str):
             left[moment.name] = found
@@ -233,6 +250,53 @@ def _shift(walked: Lockstep, moment: Moment, same_inputs: bool) -> tuple[Tensor,
     return wanted - mean_output(read_q, compute, weight) - _bias(walked, name), _output_std(walked, moment)
 
 
+def _shift_where_read(
+    walked: Lockstep, moment: Moment, point: ReadPoint, shift: Tensor, bound: Tensor
+) -> Tensor:
+    """By how much each channel is to rise for equal means where they are read; (C,), float64.
+
+    Args:
+        walked: stands in front of the layer in the quantized network, and behind it in the float one.
+        moment: of the layer.
+        point: where its output is read.
+        shift: (C,), for equal means of the layer's own output.
+        bound: (C,), the largest shift.
+    """
+    floats, quantized = _read_values(walked, moment, point)
+    if point.high is None:
+        means = [rows.mean(dim=1, dtype=torch.float64) for rows in (floats, quantized)]
+        return means[0] - means[1]
+    wanted = torch.minimum(floats.clamp(min=0), point.high).mean(dim=1, dtype=torch.float64)
+    found, solved = shift_behind(quantized, wanted, point.high, bound)
+    return torch.where(solved, found, shift)
+
+
+def _read_values(walked: Lockstep, moment: Moment, point: ReadPoint) -> tuple[Tensor, Tensor]:
+    """What stands in front of the ReLU in both networks, (C, elements) each, of the same elements."""
+    name, module = moment.name, moment.module
+    axis = _channel_axis(module)
+    own = walked.folded.traced.get_submodule(name)
+    weight = effective_weight(walked.plan.layers[name], own, walked.input_grid(name))
+    bias = _bias(walked, name).float()
+    compute = weighted_function(own)
+    outputs = walked.float_walk.values(walked.node(name))
+    total = sum(y.numel() for y in outputs)
+    made = (compute(x, weight.float(), bias) for x in walked.quant_inputs(name))
+    found = []
+    for values, quantized in ((outputs, False), (made, True)):
+        sampler = Sampler(axis, total)
+        others = operands(walked, point, quantized)
+        both = zip(values, others, strict=False)
+        parts = [sampler.take(y if other is None else y + other) for y, other in both]
+        found.append(torch.cat(parts, dim=1))
+    return found[0], found[1]
+
+
+def _channel_axis(module: nn.Module) -> int:
+    """Of a layer's output, counted from the end; a batch axis may be there or not."""
+    return 1 - _weight(module).dim()
+
+
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -243,7 +307,7 @@ def _output_std(walked: Lockstep, moment: Moment) -> Tensor:
     """The spread of the layer's output in the float network, which runs the layer for it."""
     node = walked.node(moment.name)
     walked.float_walk.past(node)
-    spread = Spread(-1 if isinstance(moment.module, nn.Linear) else 1)
+    spread = Spread(_channel_axis(moment.module))
     for y in walked.float_walk.values(node):
         spread.add(y)
     return spread.std
@@ -289,30 +353,13 @@ def apply_shift(
 
 
 def _make_room(lockstep: Lockstep, name: str, bias: Tensor) -> int:
-    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were.
-
-    A channel with weights of about zero has steps so short that a 32-bit bias saturates, and is lost.
-    """
+    """Widen the steps of channels whose bias does not fit, where that costs little; how many those were."""
     plan, grid = lockstep.plan.layers[name], lockstep.input_grid(name)
-    lacking = saturates(plan, bias)
-    if grid is None or plan.scale_approx_bits is not None or not bool(lacking.any()):
+    if grid is None:
         return 0
-    assert plan.weight is not None and plan.weight_q is not None
-    largest = max(abs(limit - float(grid.zero_point)) for limit in (grid.spec.quant_min, grid.spec.quant_max))
-    steps = 2.0 ** (plan.accum_bits - 1) - 1
-    # How far rounding to wider steps can move an output, as a share of the bias.
-    if plan.weight.spec.axis is None or plan.weight_q[0].numel() * largest / 2 / steps > LITTLE:
+    roomy = with_room(plan, grid, bias, lockstep.folded.traced.get_submodule(name))
+    if roomy is plan:
         return 0
-    wider = (bias.abs() * (1 + 1e-6) / steps / grid.scale.double()).float()
-    weight = replace(plan.weight, scale=torch.where(lacking, wider, plan.weight.scale))
-    integers = weight_integers(lockstep.folded.traced.get_submodule(name), weight)
-    rows = along_axis(lacking, 0, integers.dim())
-    lockstep.change(name, weight_q=torch.where(rows, integers, plan.weight_q), weight=weight)
-    return int(lacking.sum())
-
-
-def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
-    """Whether each channel's bias, (C,), is beyond the ends of the layer's accumulator; (C,) bool."""
-    if plan.accum_scale is None:
-        return torch.zeros(len(bias), dtype=torch.bool)  # on a grid of its own, wide enough for all
-    return (bias / plan.accum_scale).abs() > 2.0 ** (plan.accum_bits - 1) - 1
+    assert plan.weight is not None and roomy.weight is not None
+    lockstep.change(name, weight_q=roomy.weight_q, weight=roomy.weight)
+    return int((plan.weight.scale != roomy.weight.scale).sum())

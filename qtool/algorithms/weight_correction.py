@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from qtool.algorithms.bias_correction import NOT_FINITE, saturates
+from qtool.algorithms.bias_correction import NOT_FINITE
 from qtool.algorithms.channel_means import MeanInput, mean_output
 from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
 from qtool.graph.control import is_steered
@@ -35,6 +35,7 @@ from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import Lockstep, Moment, float_bias
 from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import ModelPlan
+from qtool.quantizers.plan.derived import saturates
 from qtool.quantizers.weights import integer_dtype, weight_values
 
 METHOD = "weight_correction"

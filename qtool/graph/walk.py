@@ -6,7 +6,7 @@ has; and what it reads exists for all batches at once. Values are freed as soon 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,32 @@ class Walk:
             KeyError: if it has not run, or its value was freed.
         """
         return [values[node] for values in self._values]
+
+    def has_run(self, node: fx.Node) -> bool:
+        """Whether the walk is past a node."""
+        return self._place[node] < self._next
+
+    def ahead(self, node: fx.Node) -> Iterator[Any]:
+        """What a node will give for each batch, if nothing that it needs changes; the walk stays where it is.
+
+        Raises:
+            KeyError: if what it needs, or its own value, was freed.
+        """
+        self._interpreter.submodules = dict(self.network.named_modules())
+        for values in self._values:
+            with torch.no_grad():
+                yield self._value(node, dict(values))
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """A node's value, with all that it needs and that has not run yet; these are added to values."""
+        if node not in values:
+            if self.has_run(node):
+                raise KeyError(node)
+            for source in node.all_input_nodes:
+                self._value(source, values)
+            self._interpreter.env = values
+            values[node] = self._interpreter.run_node(node)
+        return values[node]
 
     def _run_to(self, place: int) -> None:
         # Modules that were replaced since are looked up by name, as the interpreter does anew each time.

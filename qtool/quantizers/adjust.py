@@ -28,6 +28,7 @@ from qtool.quantizers.plan.derived import (
     product_scale,
     value_grids,
     with_accumulator,
+    with_room,
 )
 from qtool.quantizers.prepare import build, build_layer
 from qtool.quantizers.weights import weight_integers
@@ -90,7 +91,8 @@ def _following(
     if plan.op not in WEIGHTED:
         return replace(plan, accum_scale=product_scale(read, plan.everywhere_bits))
     assert read[0] is not None
-    return with_accumulator(plan, read[0], getattr(module, "bias", None))
+    bias = getattr(module, "bias", None)
+    return with_room(with_accumulator(plan, read[0], bias), read[0], bias, module)
 
 
 def _check(plan: ModelPlan, weights: NewGrids, outputs: NewGrids) -> None:

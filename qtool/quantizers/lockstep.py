@@ -128,6 +128,19 @@ class Lockstep:
         for args, _ in self.quant_walk.arguments(self.quant_node(name)):
             yield args[0] if grid is None else dequantize_centered(args[0], grid)
 
+    def quant_operand(self, name: str, index: int) -> Iterator[Tensor]:
+        """The float values of what a layer further on will read as one of its inputs, batch by batch.
+
+        Args:
+            name: of the layer; it may be any.
+            index: of the tensor among those that it reads; no layer that may still change is in front of it.
+        """
+        plan = self.plan.layers[name]
+        grids = grids_read(self._own_nodes[name], plan, self._grids)
+        grid = grids[index] if plan.kind == INTEGER else None  # all others read floats
+        for value in self.quant_walk.ahead(tensor_inputs(self.quant_node(name))[index]):
+            yield value if grid is None else dequantize_centered(value, grid)
+
     def moments(self, quantized: bool = True) -> Iterator[Moment]:
         """Every layer with integer weights, in the order of execution, both networks in front of it.
 

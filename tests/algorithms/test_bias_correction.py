@@ -198,8 +198,13 @@ def test_a_bias_that_would_saturate_the_accumulator_is_not_given(tiny_net, tiny_
 def test_channels_without_weights_keep_their_bias_by_wider_steps(tiny_net, tiny_batches, planned):
     """A channel with weights of 1e-14 had steps of 1e-18, in which 32 bits hold no bias of 2."""
     tiny_net.fc.weight.data[3] *= 1e-13
-    tiny_net.fc.bias.data[3] = 2.0
+    tiny_net.fc.bias.data[3] = 1e-13
     case = planned(tiny_net, tiny_batches, per_channel_weights=True)
+    case.folded.traced.get_submodule("fc").bias.data[3] = 2.0  # as another correction may leave it
+    layer, scale = case.plan.layers["fc"], case.plan.layers["fc"].accum_scale[3]
+    bias_q = torch.where(torch.arange(10) == 3, min(2 / float(scale), 2**31 - 1), layer.bias_q).long()
+    layers = {**case.plan.layers, "fc": replace(layer, bias_q=bias_q)}
+    case.plan = replace(case.plan, layers=layers)
     outputs = [build(case.folded, case.plan)(tiny_batches[0])[:, 3]]
     folded, plan, report = correct_bias(*case.given, layers=["fc"])
     outputs.append(build(folded, plan)(tiny_batches[0])[:, 3])
@@ -226,6 +231,81 @@ def test_the_effective_weight_is_what_the_quantized_layer_computes_with(settings
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+class Residual(nn.Module):
+    """Two residual blocks, the second with a layer on both ways, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6))
+        for conv in self.convs:
+            conv.weight.data = torch.randn(conv.weight.shape, generator=generator) / 6
+            conv.bias.data = torch.randn(8, generator=generator) / 6
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(5))
+        self.fc = nn.Linear(8, 4)
+        self.fc.weight.data = torch.randn(4, 8, generator=generator)
+
+    def forward(self, x):
+        x = self.relus[0](self.convs[0](x))
+        x = self.relus[1](x + self.convs[2](self.relus[2](self.convs[1](x))))
+        x = self.relus[3](self.convs[4](self.relus[4](self.convs[3](x))) + self.convs[5](x))
+        return self.fc(x.mean((2, 3)))
+
+
+READ = ["relus.0", "relus.2", "relus.1", "relus.4", "relus.3"]
+
+
+def _mean_errors(case, folded, plan, names):
+    """How far the mean of layers' outputs is from that of the float network, by layer."""
+    outputs = []
+    for network in (case.reference, build(folded, plan).network):
+        modules, found = dict(network.named_modules()), {}
+        handles = []  # modules are shared by both networks
+        for name in names:
+            hook = lambda _m, _a, y, name=name, f=found: f.update({name: y})  # noqa: E731
+            handles.append(modules[name].register_forward_hook(hook))
+        with torch.no_grad():
+            network(torch.cat(case.batches))
+        for handle in handles:
+            handle.remove()
+        outputs.append(found)
+    errors = {}
+    for name in names:
+        y, y_hat = (found[name].transpose(0, 1).flatten(1).mean(dim=1) for found in outputs)
+        errors[name] = float((y_hat - y).norm() / y.norm())
+    return errors
+
+
+@pytest.mark.parametrize("at", ["activation", "output"])
+def test_means_are_equal_where_they_are_asked_to_be(at, tiny_batches, planned):
+    """With activations in float what a layer gives is what the correction aimed at."""
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    case = planned(Residual(), list(images.split(16)), bits_weights=3, bits_activations=0)
+    settings = SequentialBiasSettings(at=at)
+    folded, plan, report = correct_bias_sequentially(*case.given, layers=case.names, settings=settings)
+    assert not report.left
+    before = _mean_errors(case, case.folded, case.plan, READ)
+    after = _mean_errors(case, folded, plan, READ)
+    convs = _mean_errors(case, folded, plan, [f"convs.{i}" for i in range(6)])
+    if at == "activation":
+        assert all(after[name] < 1e-3 < before[name] / 5 for name in READ), (before, after)
+        assert convs["convs.1"] > 1e-3
+    else:
+        assert max(after.values()) > 1e-2
+        assert max(convs.values()) < 1e-3
+
+
+def test_equal_means_where_values_are_read_serve_the_outputs_better(planned, logits_sqnr):
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    case = planned(Residual(), list(images.split(16)), bits_weights=3, bits_activations=4)
+    found = [logits_sqnr(case.reference, case.folded, case.plan, case.batches)]
+    for at in ("output", "activation"):
+        settings = SequentialBiasSettings(at=at)
+        folded, plan, _ = correct_bias_sequentially(*case.given, layers=case.names, settings=settings)
+        found.append(logits_sqnr(case.reference, folded, plan, case.batches))
+    assert found[2] > max(found[:2]) + 1
+
+
 def test_networks_that_branch_by_values_are_left_alone(tiny_batches, planned):
     class Branches(nn.Module):
         def __init__(self):
@@ -245,6 +325,8 @@ def test_guard_and_settings_refuse_what_makes_no_sense(tiny_net, tiny_batches, p
     assert (shift.tolist(), refused.tolist()) == ([0, 1, 0], [False, False, True])
     with pytest.raises(ValueError, match="max_shift must be positive, found 0"):
         FastBiasSettings(max_shift=0)
+    with pytest.raises(ValueError, match="at must be activation or output, found 'input'"):
+        SequentialBiasSettings(at="input")
     case = planned(tiny_net, tiny_batches)
     with pytest.raises(ValueError, match="found no batches"):
         correct_bias(*case.given[:3], [], layers=["fc"])

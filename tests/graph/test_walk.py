@@ -63,3 +63,18 @@ def test_there_is_no_way_back(tiny_net, tiny_batches):
     walk.past(nodes["fc"])
     with pytest.raises(ValueError, match="past conv1"):
         walk.before(nodes["conv1"])
+
+
+def test_values_further_on_can_be_looked_at_from_where_the_walk_stands(tiny_net, tiny_batches):
+    traced = trace(tiny_net, tiny_batches[0])
+    walk, nodes = Walk(traced, tiny_batches), _nodes(traced)
+    walk.before(nodes["depthwise"])
+    assert walk.has_run(nodes["relu1"]) and not walk.has_run(nodes["depthwise"])
+    held = [set(values) for values in walk._values]
+    with torch.no_grad():
+        expected = [tiny_net(batch) for batch in tiny_batches]
+    assert all(map(torch.equal, walk.ahead(nodes["fc"]), expected))
+    assert [set(values) for values in walk._values] == held
+    assert not walk.has_run(nodes["depthwise"])
+    with pytest.raises(KeyError):
+        list(walk.ahead(nodes["conv1"]))

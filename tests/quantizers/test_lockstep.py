@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from qtool.config import QuantizeConfig
@@ -73,3 +74,17 @@ def test_the_quantized_network_need_not_run(tiny_net, tiny_batches):
     wanted = {m.name: m.float_inputs[0] for m in walked.moments()}
     found = {m.name: m.float_inputs[0] for m in _lockstep(tiny_net, tiny_batches).moments(quantized=False)}
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_the_other_operand_of_a_sum_is_there_before_the_sum(bits, tiny_net, tiny_batches):
+    lockstep = _lockstep(tiny_net, tiny_batches, bits_activations=bits)
+    for moment in lockstep.moments():
+        if moment.name == "depthwise":
+            found = torch.cat(list(lockstep.quant_operand("add", 0)))
+            assert torch.equal(found, torch.cat(moment.quant_inputs))
+            y_hat = torch.cat(list(lockstep.quant_operand("add", 1)))
+    with torch.no_grad():
+        x = tiny_net.relu1(tiny_net.bn1(tiny_net.conv1(torch.cat(tiny_batches))))
+        y = tiny_net.relu2(tiny_net.bn2(tiny_net.depthwise(x)))
+    assert float((y - y_hat).norm() / y.norm()) < 0.05

@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 from qtool.graph import ops
 from qtool.graph.capped import limit_of
 from qtool.graph.trace import tensor_inputs
-from qtool.numerics.affine import approximate_multiplier
+from qtool.numerics.affine import along_axis, approximate_multiplier
 from qtool.numerics.spec import QParams
 from qtool.quantizers.modules import exact_ratio
 from qtool.quantizers.plan.records import EMBEDDING, FAKE, IDENTITY, INTEGER, LayerPlan
-from qtool.quantizers.weights import accumulator_bits, quantize_bias
+from qtool.quantizers.weights import accumulator_bits, quantize_bias, weight_integers
 
+# An error that does not show, as a share of a bias.
+LITTLE = 1e-3
 NodeGrids = Mapping[fx.Node, QParams | None]
 
 
@@ -74,6 +76,49 @@ def with_accumulator(plan: LayerPlan, grid: QParams, bias: Tensor | None) -> Lay
         accum_scale=1 / steps_per_unit,
         note=f"its sums can need {needed} bits" if needed > plan.accum_bits else "",
     )
+
+
+def saturates(plan: LayerPlan, bias: Tensor) -> Tensor:
+    """Whether each channel's bias, (C,), is beyond the ends of the layer's accumulator; (C,) bool."""
+    if plan.accum_scale is None:
+        return torch.zeros(len(bias), dtype=torch.bool)  # on a grid of its own, wide enough for all
+    return (bias / plan.accum_scale).abs() > 2.0 ** (plan.accum_bits - 1) - 1
+
+
+def with_room(plan: LayerPlan, grid: QParams, bias: Tensor | None, module: nn.Module) -> LayerPlan:
+    """The plan with wider steps for channels whose bias overflows the accumulator, where that is free.
+
+    A channel with weights of about zero has steps so short that a 32-bit bias saturates, and is lost. Its
+    weights round to zero on wider ones, which changes its output by less than a share LITTLE of the bias.
+
+    Args:
+        plan: of a layer with an integer weight, from with_accumulator.
+        grid: of the input.
+        bias: (C,), float, or None: the one that is to fit.
+        module: the float layer.
+
+    Returns:
+        The same plan where all biases fit, or where wider steps would show; all other channels keep theirs.
+        Its bias_q and accum_scale follow, for the bias that is given.
+    """
+    if bias is None or plan.scale_approx_bits is not None:
+        return plan
+    assert plan.weight is not None and plan.weight_q is not None
+    lacking = saturates(plan, bias)
+    if plan.weight.spec.axis is None or not bool(lacking.any()):
+        return plan
+    z = float(grid.zero_point)
+    largest_input = max(abs(grid.spec.quant_min - z), abs(grid.spec.quant_max - z))
+    # Half of the accumulator for the bias, so that the sums fit too.
+    steps = 2.0 ** (plan.accum_bits - 2)
+    # How far rounding to wider steps can move an output, as a share of the bias.
+    if plan.weight_q[0].numel() * largest_input / 2 / steps > LITTLE:
+        return plan
+    wider = (bias.double().abs() / steps / grid.scale.double()).float()
+    weight = replace(plan.weight, scale=torch.where(lacking, wider, plan.weight.scale))
+    rows = along_axis(lacking, 0, plan.weight_q.dim())
+    weight_q = torch.where(rows, weight_integers(module, weight), plan.weight_q)
+    return with_accumulator(replace(plan, weight=weight, weight_q=weight_q), grid, bias)
 
 
 def with_limit(plan: LayerPlan, activation: nn.Module) -> LayerPlan:

@@ -16,7 +16,13 @@ from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers.plan.asked import asked_of_inputs, find_never_negative
-from qtool.quantizers.plan.derived import grid_of_value, product_scale, with_accumulator, with_limit
+from qtool.quantizers.plan.derived import (
+    grid_of_value,
+    product_scale,
+    with_accumulator,
+    with_limit,
+    with_room,
+)
 from qtool.quantizers.plan.grids import Grids
 from qtool.quantizers.plan.kinds import WEIGHTED, beyond_float32, layer_kind, quantizes_output
 from qtool.quantizers.plan.records import (
@@ -169,7 +175,8 @@ class _Planner:
             accum_float64=spec.accum_float64 or beyond_float32(grid.spec, weight.spec),
             scale_approx_bits=spec.scale_approx_bits,
         )
-        return with_accumulator(plan, grid, getattr(module, "bias", None))
+        bias = getattr(module, "bias", None)
+        return with_room(with_accumulator(plan, grid, bias), grid, bias, module)
 
     def _plan_weights_only(self, name: str, node: fx.Node, module: nn.Module, spec: LayerSpec) -> LayerPlan:
         assert spec.weight is not None
