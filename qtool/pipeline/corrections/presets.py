@@ -16,6 +16,23 @@ from qtool.numerics.spec import LayerSpec
 FAST, ACCURATE, BEST = "fast", "accurate", "best"
 
 
+OF_PRESET = {
+    FAST: ("fast_bias_correction",),
+    ACCURATE: ("weight_correction", "bias_correction"),
+    BEST: ("gptq", "bias_correction"),
+}
+# With few bits of activations, learning whole blocks is worth its time; at more it was not (docs/methods.md).
+FEW_BITS = 5
+LEARNED = ("gptq", "reconstruction")
+WORDS = {
+    "fast_bias_correction": "fast bias correction: the mean error of the weights",
+    "weight_correction": "weight correction: the mean and spread of each channel's weights",
+    "bias_correction": "bias correction, layer after layer: the mean error where values are read",
+    "gptq": "GPTQ: the integers of weights by the error of each layer's output",
+    "reconstruction": "reconstruction: rounding, biases and scales of activations, learned block by block",
+}
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a preset looks at.
@@ -84,25 +101,14 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     words: list[str] = []
     methods: list[CorrectionConfig] = []
     quantizers = _estimators(quantizers, words)
-    _equalization(preset, traits, methods, words)
-    weight_bits = traits.weight_bits or 32
-    few = min(weight_bits, traits.activation_bits or 32) < 8
+    _equalization(traits, methods, words)
     if traits.weight_bits is None:
         words.append("weights stay in float, and with them their biases")
-    elif preset == FAST:
-        methods.append(_method("fast_bias_correction"))
-        words.append("fast bias correction: the mean error of the weights")
-    elif preset == ACCURATE:
-        methods.append(_method("bias_correction"))
-        words.append("bias correction, layer after layer: the mean error of weights and activations")
     else:
-        methods.append(_method("gptq"))
-        words.append("GPTQ: integers of weights by the error of each layer's output")
-        methods.append(_method("reconstruction"))
-        words.append("reconstruction: rounding and scales of activations learned block by block")
-        if few:
-            methods.append(_method("bias_correction"))
-            words.append("bias correction, layer after layer, for what is left")
+        few = (traits.activation_bits or 32) <= FEW_BITS
+        for name in LEARNED if preset == BEST and few else OF_PRESET[preset]:
+            methods.append(_method(name))
+            words.append(WORDS[name])
     return Choice(quantizers, tuple(methods), tuple(words))
 
 
@@ -118,7 +124,7 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
     return quantizers
 
 
-def _equalization(preset: str, traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:
+def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:
     if traits.attention:
         words.append("no equalization across layers: attention and layer norms stand between them")
     elif not traits.linked:

@@ -36,8 +36,14 @@ def test_bits_modes_and_granularity_stay(traced):
 
 
 def test_each_preset_does_more_than_the_one_before(traced):
-    names = [{c.name for c in _decide(traced, p, bits_weights=4).methods} for p in ("fast", "accurate", "best")]
-    assert names[0] and names[1] - names[0] and "reconstruction" in names[2] - names[1]
+    def names(preset, bits):
+        found = _decide(traced, preset, bits_weights=4, bits_activations=bits).methods
+        return [c.name for c in found]
+
+    assert names("fast", 8) == ["fast_bias_correction"]
+    assert names("accurate", 8) == ["weight_correction", "bias_correction"]
+    assert names("best", 8) == ["gptq", "bias_correction"]
+    assert names("best", 4) == ["gptq", "reconstruction"]
 
 
 def test_weights_in_float_need_no_correction(traced):
