@@ -32,7 +32,7 @@ def test_corrections_keep_more_than_none(run_cli, chdir_tmp):
         result = run_cli("quantize", *FOUR_BITS, *QUICK, *more, "-o", f"runs{len(found)}")
         assert result.exit_code == 0, result.output
         (path,) = chdir_tmp.glob(f"runs{len(found)}/*/results.json")
-        found.append(json.loads(path.read_text())["sqnr_db"])
+        found.append(json.loads(path.read_text())["logit_sqnr_db"])
     assert found[1] > found[0] + 2
 
 
