@@ -201,6 +201,19 @@ def evaluate(config_file: Path | None, **flags: Any) -> None:
 
 
 @main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "export", "run")
+def export(config_file: Path | None, **flags: Any) -> None:
+    """Write a network for other programs, and compare on images what these compute.
+
+    \b
+    Example:
+        qtool export --checkpoint logs/RUN/quantized_checkpoint.pth.tar --verify 128 /data/imagenet
+    """
+    _print(_pipeline("export").export(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
 @config_options("model", "quantizers")
 def layers(config_file: Path | None, **flags: Any) -> None:
     """List the layers of a network: names, shapes, and what would be quantized and how.

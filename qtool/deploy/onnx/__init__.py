@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -55,13 +53,12 @@ def float_model(folded: fx.GraphModule, shape: tuple[int, ...], opset: int = NEW
 LARGEST_BYTES = 2**31 - 1
 
 
-def to_model(written: Written, name: str, metadata: Mapping[str, Any]) -> Any:
+def to_model(written: Written, name: str) -> Any:
     """The onnx.ModelProto, checked; its number of images is free.
 
     Args:
         written: the graph.
         name: of the graph.
-        metadata: entries of metadata_props; what is no text becomes JSON.
 
     Raises:
         ConfigError: if it exceeds what one file can hold.
@@ -77,9 +74,6 @@ def to_model(written: Written, name: str, metadata: Mapping[str, Any]) -> Any:
     opsets = [helper.make_opsetid("", w.opset)]
     model = helper.make_model(graph, producer_name="qtool", opset_imports=opsets)
     model.ir_version = helper.find_min_ir_version_for(opsets)
-    for key, value in metadata.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
     if model.ByteSize() > LARGEST_BYTES:
         raise ConfigError(
             f"--format: the model has {model.ByteSize() / 2**30:.1f} GiB, and one file holds 2; fewer bits, or "
