@@ -158,7 +158,7 @@ def _open_converted(config: Config, path: Path, network: nn.Module, info: Any, h
     if not isinstance(arch, str) or not isinstance(shape, list) or not isinstance(stored_steps, dict):
         raise ModelError(f"{path}: does not say which images it takes; make the file again")
     if config.model.arch not in (None, arch):
-        raise ConfigError(f"--arch: {path} is an {how} {arch}, not {config.model.arch}; leave it out")
+        raise ConfigError(f"--arch: {path} is {how} {arch}, not {config.model.arch}; leave it out")
     preprocessing = _preprocessing(config, arch, tuple(shape), Preprocessing(**_tuples(stored_steps)))
     image_shape = _image_shape(tuple(shape), preprocessing)
     return Subject(network, arch, f"{how} network {path.name}", image_shape, preprocessing, None)

@@ -61,6 +61,7 @@ def put_on_grid(
     grid: QParams,
     activation: str | None = None,
     limit: Tensor | None = None,
+    apart: bool = False,
 ) -> OnGrid:
     """Quantize a float tensor as OutputClamp does, and dequantize it.
 
@@ -72,6 +73,8 @@ def put_on_grid(
         source: name of the float tensor.
         grid: one scale and zero point.
         activation, limit: see OutputClamp.
+        apart: whether the value is on a grid already. onnxruntime makes one rounding of two that follow each
+            other, with other results; it does not where there is a Clip in between, be it of all integers.
     """
     dtype = integer_type(grid.spec, w.opset)
     zero_point = int(grid.zero_point)
@@ -79,7 +82,7 @@ def put_on_grid(
     zero = w.array(np.array(zero_point, dtype=dtype), f"{source}_zero_point")
     low, high = (int(v) + zero_point for v in output_limits(grid, activation))
     smallest, largest = type_limits(dtype)
-    clips = low > smallest or high < largest
+    clips = apart or low > smallest or high < largest
     if clips and dtype.endswith("16"):  # runtimes have no Clip of 16-bit integers
         ends = [(v - zero_point) * float(grid.scale) for v in (low, high)]
         source = w.op("Clip", [source, *(w.number(end) for end in ends)], f"{source}_clipped")

@@ -154,9 +154,15 @@ class _Lowering:
     def _border(self, node: fx.Node, grid: QParams) -> None:
         (source,) = tensor_inputs(node)
         name = self._name(source)
-        self.names[node] = put_on_grid(self.w, name, grid).floats
+        self.names[node] = put_on_grid(self.w, name, grid, apart=self._was_on_grid(source)).floats
         self.grids[node] = grid
         self.borders[name] = grid
+
+    def _was_on_grid(self, node: fx.Node) -> bool:
+        """Whether a float value is one that was on a grid, moved at most."""
+        while "layer" not in node.meta and tensor_inputs(node):
+            node = tensor_inputs(node)[0]
+        return node in self.grids
 
     def _other(self, node: fx.Node, module: nn.Module | None) -> None:
         """A node that is no layer."""

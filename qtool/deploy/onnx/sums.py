@@ -76,4 +76,6 @@ def _rounded(w: Writer, source: str, output: QParams, dtype: str, zero_point: in
     scale = w.array(np.float32(float(output.scale)).reshape(()), f"{name}_scale")
     zero = w.array(np.array(zero_point, dtype=dtype), f"{name}_zero_point")
     x_q = w.op("QuantizeLinear", [source, scale, zero], f"{name}_quantized")
+    if not dtype.endswith("16"):  # keeps this rounding apart from the one before, see put_on_grid
+        x_q = w.op("Clip", [x_q, *(w.number(end, dtype) for end in type_limits(dtype))], f"{name}_apart")
     return w.op("DequantizeLinear", [x_q, scale, zero], name)
