@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,9 @@ def _check(config: Config) -> bool:
     if verifies:
         load_extra("onnxruntime", "--verify")
         if config.run.chosen_device != "cpu":
-            raise ConfigError(f"--device: compares on the CPU, not on {config.run.chosen_device}; leave it out")
+            raise ConfigError(
+                f"--device: compares on the CPU, not on {config.run.chosen_device}; leave it out"
+            )
     return verifies
 
 
@@ -127,7 +129,10 @@ def _check_form(asked: ExportConfig, subject: Subject) -> None:
 def _images(config: Config, subject: Subject) -> Images:
     evaluation = open_evaluation(config, subject)
     wanted = config.export.compared_images or len(evaluation.indices)
-    return evaluation.part(range(min(wanted, len(evaluation.indices))))
+    if wanted >= len(evaluation.indices):
+        return evaluation
+    words = f"the first {wanted} of {evaluation.words}"
+    return replace(evaluation.part(range(wanted)), words=words)
 
 
 def _quantized(config: Config, subject: Subject) -> Export:
@@ -207,4 +212,3 @@ def _compared(config: Config, subject: Subject, made: Export, images: Images) ->
         lines.append(text)
         record |= more
     return "\n".join(lines), record
-

@@ -51,5 +51,5 @@ class BenchConfig:
         (1,), Counts(), "Threads that compute, one or several numbers.", "--threads", shown_default="1"
     )
     seconds: int = option(
-        60, click.IntRange(1), "Time to measure for, in all; at least three rounds are made.", "--seconds"
+        40, click.IntRange(1), "Time to measure for, in all; at least three rounds are made.", "--seconds"
     )

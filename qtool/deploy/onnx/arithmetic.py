@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
-from qtool.deploy.onnx.site import Rule, Site
 from qtool.deploy.onnx.shapes import reshape
+from qtool.deploy.onnx.site import Rule, Site
 from qtool.deploy.onnx.writer import NotInOnnx
 
 
@@ -67,8 +68,6 @@ def _layer_norm(site: Site) -> str:
 
 def _parameter(site: Site, key: str, position: int) -> Any:
     """A parameter of the module, or a constant argument of the function."""
-    from torch import fx  # noqa: PLC0415
-
     if site.module is not None and hasattr(site.module, key):
         return getattr(site.module, key)
     value = site.node.kwargs.get(key, site.node.args[position] if position < len(site.node.args) else None)

@@ -72,7 +72,9 @@ def _entries(grids: Mapping[str, QParams]) -> dict[str, list[dict[str, Any]]]:
 def _grids(grid: QParams) -> list[dict[str, Any]]:
     """One entry for each channel, or one."""
     spec = grid.spec
-    pairs = zip(torch.atleast_1d(grid.scale).tolist(), torch.atleast_1d(grid.zero_point).tolist(), strict=True)
+    pairs = zip(
+        torch.atleast_1d(grid.scale).tolist(), torch.atleast_1d(grid.zero_point).tolist(), strict=True
+    )
     return [
         {
             "bitwidth": spec.num_bits,

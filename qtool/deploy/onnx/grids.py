@@ -45,7 +45,9 @@ def integer_type(spec: QuantSpec, opset: int, smallest: int = 8) -> str:
     if opset < 21 and width == 4:
         width = 8
     if opset < 21 and width == 16:
-        raise NotInOnnx(f"has {spec.num_bits} bits, and opset {opset} knows 8; --opset 21, or 8 bits or fewer")
+        raise NotInOnnx(
+            f"has {spec.num_bits} bits, and opset {opset} knows 8; --opset 21, or 8 bits or fewer"
+        )
     return f"{'int' if spec.signed else 'uint'}{width}"
 
 

@@ -29,9 +29,9 @@ from qtool.quantizers.modules import (
     Cast,
     Dequantize,
     FakeQuantize,
+    QuantAdd,
     QuantCat,
     Quantize,
-    QuantAdd,
     QuantProduct,
 )
 from qtool.quantizers.plan import LayerPlan
@@ -145,7 +145,9 @@ class _Lowering:
             constant = self.shapes.constant(node)
             if constant is None:
                 raise NotInOnnx(f"reads {node.name!r}, which is no tensor of floats")
-            self.names[node] = self.w.tensor(constant, str(node.target) if node.op == "get_attr" else node.name)
+            self.names[node] = self.w.tensor(
+                constant, str(node.target) if node.op == "get_attr" else node.name
+            )
         name = self.names[node]
         if not isinstance(name, str):
             raise NotInOnnx(f"reads all parts of {node.name!r} at once")
@@ -193,7 +195,9 @@ class _Lowering:
         plan = self.plans.get(name)
         operation = module.operation if isinstance(module, FakeQuantize) else module
         if isinstance(operation, Cast):
-            raise NotInOnnx(f"runs in float{plan.float_bits if plan else ''}; leave it out of --qe-fpq-module")
+            raise NotInOnnx(
+                f"runs in float{plan.float_bits if plan else ''}; leave it out of --qe-fpq-module"
+            )
         site = Site(self.w, self.shapes, node, operation, name, self._name)
         if plan is None or plan.kind in (plans.FLOAT, plans.FAKE):
             result = self._float(site)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from qtool.deploy.onnx.site import Rule, Site
 from qtool.deploy.onnx.writer import NotInOnnx
 
@@ -37,9 +39,7 @@ def _avg_pool(site: Site) -> str:
         raise NotInOnnx("an average with a divisor of its own")
     ceil = int(bool(site.setting("ceil_mode", 4, False)))
     pads = int(bool(site.setting("count_include_pad", 5, True)))
-    return site.op(
-        "AveragePool", site.tensor(), ceil_mode=ceil, count_include_pad=pads, **_geometry(site)
-    )
+    return site.op("AveragePool", site.tensor(), ceil_mode=ceil, count_include_pad=pads, **_geometry(site))
 
 
 def _adaptive(pool: str) -> Rule:
@@ -53,7 +53,9 @@ def _adaptive(pool: str) -> Rule:
             return site.op(f"Global{pool}", site.tensor())
         if any(a.fixed % b.fixed for a, b in zip(sizes, found, strict=True)):
             given, wanted = [s.fixed for s in sizes], [s.fixed for s in found]
-            raise NotInOnnx(f"pools {given} to {wanted}, in windows of different sizes; a multiple is written")
+            raise NotInOnnx(
+                f"pools {given} to {wanted}, in windows of different sizes; a multiple is written"
+            )
         kernel = [a.fixed // b.fixed for a, b in zip(sizes, found, strict=True)]
         return site.op(pool, site.tensor(), kernel_shape=kernel, strides=kernel)
 
@@ -85,18 +87,12 @@ def _interpolate(site: Site) -> str:
     corners = site.setting("align_corners", 4)
     how = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
     scales = [b.fixed / a.fixed for a, b in zip(site.sizes_read()[2:], site.sizes()[2:], strict=True)]
-    factors = site.w.array(_floats([1.0, 1.0, *scales]), f"{site.name}_scales")
+    factors = site.w.array(np.array([1.0, 1.0, *scales], dtype=np.float32), f"{site.name}_scales")
     rounding = "floor" if mode == "nearest" else None
     return site.op(
         "Resize", site.tensor(), "", factors,
         mode=RESIZING[mode], coordinate_transformation_mode=how, nearest_mode=rounding,
     )  # fmt: skip
-
-
-def _floats(values: list[float]) -> Any:
-    import numpy as np  # noqa: PLC0415
-
-    return np.array(values, dtype=np.float32)
 
 
 POOLING: dict[str, Rule] = {

@@ -23,7 +23,9 @@ class OnnxNetwork(nn.Module):
         ConfigError: if onnxruntime is not installed.
     """
 
-    def __init__(self, content: bytes, threads: int | None = None, info: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, content: bytes, threads: int | None = None, info: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         runtime = load_extra("onnxruntime", "onnxruntime")
         options = runtime.SessionOptions()

@@ -57,9 +57,7 @@ class Writer:
         """Add a node of several outputs; the node has the name of the first."""
         outputs = [self.free_name(name) for name in names]
         given = {key: value for key, value in attributes.items() if value is not None}
-        self.nodes.append(
-            self.onnx.helper.make_node(kind, list(inputs), outputs, name=outputs[0], **given)
-        )
+        self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), outputs, name=outputs[0], **given))
         return outputs
 
     def tensor(self, value: Tensor, name: str) -> str:
