@@ -117,7 +117,7 @@ def _variants(config: Config, subject: Subject) -> tuple[dict[str, Variant], lis
     assert model is not None
     size = _size(to_checkpoint(model))
     variants["simulated"] = Variant(lambda _threads: model, size)
-    attempts = {
+    attempts: dict[str, Callable[[], Variant | None]] = {
         "int8 engine": lambda: _int8(model, size),
         "native file": lambda: _native(model, subject),
         "onnxruntime float": lambda: None if traced is None else _onnx_float(subject, traced),

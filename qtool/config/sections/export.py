@@ -33,7 +33,7 @@ class ExportConfig:
     compared_images: int | None = option(
         None,
         click.IntRange(min=1),
-        "Run the file in onnxruntime on this many evaluation images, and compare it with qtool's own results.",
+        "Run the file in onnxruntime on this many evaluation images, and compare that with qtool's results.",
         "--verify",
         metavar="N",
         shown_default="all if DATA is given, else none",

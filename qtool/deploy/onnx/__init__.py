@@ -76,8 +76,8 @@ def to_model(written: Written, name: str) -> Any:
     model.ir_version = helper.find_min_ir_version_for(opsets)
     if model.ByteSize() > LARGEST_BYTES:
         raise ConfigError(
-            f"--format: the model has {model.ByteSize() / 2**30:.1f} GiB, and one file holds 2; fewer bits, or "
-            "a smaller network"
+            f"--format: the model has {model.ByteSize() / 2**30:.1f} GiB, and one file holds 2; fewer bits "
+            "for weights, or a smaller network"
         )
     onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model)

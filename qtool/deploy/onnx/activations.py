@@ -40,7 +40,12 @@ def _clamp(site: Site) -> str:
 
 def _with(kind: str, attribute: str, setting: str, default: float) -> Rule:
     """An operation with one setting, under ONNX's name and torch's."""
-    return lambda site: site.op(kind, site.tensor(), **{attribute: float(site.setting(setting, 1, default))})
+
+    def rule(site: Site) -> str:
+        given: dict[str, Any] = {attribute: float(site.setting(setting, 1, default))}
+        return site.op(kind, site.tensor(), **given)
+
+    return rule
 
 
 def _prelu(site: Site) -> str:

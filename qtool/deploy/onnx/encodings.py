@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from qtool.errors import ConfigError
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.spec import QParams
@@ -72,9 +70,7 @@ def _entries(grids: Mapping[str, QParams]) -> dict[str, list[dict[str, Any]]]:
 def _grids(grid: QParams) -> list[dict[str, Any]]:
     """One entry for each channel, or one."""
     spec = grid.spec
-    pairs = zip(
-        torch.atleast_1d(grid.scale).tolist(), torch.atleast_1d(grid.zero_point).tolist(), strict=True
-    )
+    pairs = zip(grid.scale.flatten().tolist(), grid.zero_point.flatten().tolist(), strict=True)
     return [
         {
             "bitwidth": spec.num_bits,

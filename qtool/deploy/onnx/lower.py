@@ -195,9 +195,7 @@ class _Lowering:
         plan = self.plans.get(name)
         operation = module.operation if isinstance(module, FakeQuantize) else module
         if isinstance(operation, Cast):
-            raise NotInOnnx(
-                f"runs in float{plan.float_bits if plan else ''}; leave it out of --qe-fpq-module"
-            )
+            raise NotInOnnx("runs in a float type of its own; quantize without float_bits for it")
         site = Site(self.w, self.shapes, node, operation, name, self._name)
         if plan is None or plan.kind in (plans.FLOAT, plans.FAKE):
             result = self._float(site)

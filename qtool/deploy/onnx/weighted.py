@@ -11,7 +11,7 @@ from qtool.deploy.onnx.grids import constant_on_grid, integer_bias
 from qtool.deploy.onnx.pooling import PAD_MODES
 from qtool.deploy.onnx.site import Site
 from qtool.deploy.onnx.writer import NotInOnnx
-from qtool.graph.fold import restore_layout
+from qtool.graph.fold import swap_channels
 from qtool.numerics.spec import QParams
 from qtool.quantizers.modules import QuantWeighted
 from qtool.quantizers.plan import LayerPlan
@@ -118,7 +118,7 @@ def _weight(site: Site, layer: Any, op: str, grid: QParams, weight_q: Tensor) ->
     if op != "conv_transpose":
         return constant_on_grid(site.w, grid, weight_q, name, axis=0)
     if grid.scale.dim() == 0 or layer.groups == 1:
-        return constant_on_grid(site.w, grid, restore_layout(weight_q, _Transposed(layer)), name, axis=1)
+        return constant_on_grid(site.w, grid, swap_channels(weight_q, layer.groups), name, axis=1)
     # Each group's output channels stand in the same places of axis 1, so one axis cannot tell them apart.
     groups, shape = layer.groups, list(weight_q.shape)  # (G * B, A, ...)
     floats = constant_on_grid(site.w, grid, weight_q, f"{name}_channels", axis=0)
@@ -128,15 +128,6 @@ def _weight(site: Site, layer: Any, op: str, grid: QParams, weight_q: Tensor) ->
     swapped = site.op("Transpose", grouped, name=f"{name}_swapped", perm=perm)
     together = site.w.numbers([groups * shape[1], shape[0] // groups, *shape[2:]])
     return site.op("Reshape", swapped, together, name=name)
-
-
-class _Transposed:
-    """What restore_layout asks of a transposed convolution."""
-
-    qtool_op = "conv_transpose"
-
-    def __init__(self, layer: Any) -> None:
-        self.groups = layer.groups
 
 
 def _compute(site: Site, layer: Any, weight: str, bias: str | None) -> str:
