@@ -37,6 +37,11 @@ from qtool.quantizers.modules import (
 from qtool.quantizers.plan import LayerPlan
 
 
+# onnxruntime leaves these out in front of a QuantizeLinear whose range ends where they do, and is then left
+# with two roundings that follow each other.
+LEFT_OUT = frozenset({"relu", "relu6", "clamp", "hardtanh"})
+
+
 @dataclass(frozen=True)
 class Written:
     """What a network has become.
@@ -209,7 +214,8 @@ class _Lowering:
             raise NotInOnnx(f"computes as {plan.kind!r}, which has no form in ONNX that qtool writes")
         self.names[node] = result
         if plan is not None and plan.output is not None:
-            on_grid = put_on_grid(self.w, result, plan.output, plan.activation, plan.activation_limit)
+            limits = (plan.activation, plan.activation_limit)
+            on_grid = put_on_grid(self.w, result, plan.output, *limits, apart=plan.op in LEFT_OUT)
             self.names[node], self.layers[name] = on_grid.floats, on_grid
             self.grids[node] = plan.output
 

@@ -24,8 +24,10 @@ def onnx_parity(model: QuantizedModel, written: Written, proto: Any, x: Tensor) 
         proto: the onnx.ModelProto of that.
         x: an input batch; the integers of so many images as CHUNK are in memory at a time.
     """
-    network = OnnxNetwork(_with_integers(written, proto))
     names = list(written.layers)
+    if not names:
+        return {}
+    network = OnnxNetwork(_with_integers(written, proto))
     tensors = [written.layers[name].integers for name in names]
     parts: dict[str, list[tuple[float, Difference]]] = {name: [] for name in names}
     for chunk in torch.split(x, CHUNK):
@@ -49,6 +51,8 @@ def _with_integers(written: Written, proto: Any) -> bytes:
 
 def differences_text(layers: Mapping[str, Difference]) -> str:
     """The comparison in a line."""
+    if not layers:
+        return "no layer gives integers"
     different = [name for name, layer in layers.items() if layer.largest]
     if not different:
         return f"all integers of {len(layers)} layers equal"
