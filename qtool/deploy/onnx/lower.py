@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qtool.deploy.onnx.grids import OnGrid, put_on_grid
@@ -35,7 +36,6 @@ from qtool.quantizers.modules import (
     QuantProduct,
 )
 from qtool.quantizers.plan import LayerPlan
-
 
 # onnxruntime leaves these out in front of a QuantizeLinear whose range ends where they do, and is then left
 # with two roundings that follow each other.
@@ -204,6 +204,11 @@ class _Lowering:
         site = Site(self.w, self.shapes, node, operation, name, self._name)
         if plan is None or plan.kind in (plans.FLOAT, plans.FAKE):
             result = self._float(site)
+            if plan is not None and plan.op in plans.WEIGHTED:
+                # onnxruntime quantizes a layer between DequantizeLinear and QuantizeLinear whose weights
+                # are floats, on grids of its own; not if something stands in between.
+                lowest = self.w.number(float(torch.finfo(torch.float32).min))
+                result = self.w.op("Max", [result, lowest], f"{name}_float")
         elif plan.kind == plans.WEIGHTS_ONLY:
             result = write_weights_only(site, plan)
             if plan.activation == "relu":

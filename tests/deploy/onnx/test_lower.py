@@ -165,7 +165,7 @@ def test_attention_is_written_for_any_number_of_images(x, as_quantized):
         torch.manual_seed(0)
         net = Attending()
     model, _, layers = as_quantized(net, x)
-    assert_equal({name: layer for name, layer in layers.items() if "softmax" not in name}, 4, 0.9)
+    assert_equal({name: layer for name, layer in layers.items() if "softmax" not in name}, 4, 0.85)
     assert model.plan.layers["layer.self_attn.matmul1"].kind == "integer"
 
 

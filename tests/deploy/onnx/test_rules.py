@@ -95,7 +95,10 @@ def assert_same(net: nn.Module, opset: int, as_float: Callable, x: Tensor) -> No
         (Of(lambda x: torch.sort(x)[0] * 2), "'sort'"),
         (Of(lambda x: x.cumsum(1)), "layer 'cumsum': 'cumsum' has no form in ONNX that qtool writes"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(4)), "layer '0': pools [9, 9] to [4, 4], in windows of"),
-        (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "layer '0': an average with a divisor of its own"),
+        (
+            nn.Sequential(nn.AvgPool2d(2, divisor_override=3)),
+            "layer '0': an average with a divisor of its own",
+        ),
         (Of(lambda x: torch.div(x, 2.0, rounding_mode="floor")), "a division that rounds"),
     ],
 )
@@ -113,5 +116,7 @@ def test_every_rule_belongs_to_an_operation_that_a_test_exports(x):
     # Written by the same rules as those that are tested, or by quantized networks.
     alike = {"si_lu", "upsample", "interpolate", "einsum", "prelu", "p_re_lu", "maximum", "minimum", "neg"}
     alike |= {"log", "reciprocal", "erf", "sub", "hardtanh", "clamp", "softsign", "celu", "selu", "elu"}
-    dimensions = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 3)}
+    dimensions = {
+        f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 3)
+    }
     assert set(FLOAT_RULES) - found - alike - dimensions == set()
