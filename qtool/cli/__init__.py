@@ -201,6 +201,31 @@ def evaluate(config_file: Path | None, **flags: Any) -> None:
 
 
 @main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "export", "run")
+def export(config_file: Path | None, **flags: Any) -> None:
+    """Write a network for other programs, and compare on images what these compute.
+
+    \b
+    Example:
+        qtool export --checkpoint logs/RUN/quantized_checkpoint.pth.tar --verify 128 /data/imagenet
+    """
+    _print(_pipeline("export").export(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@config_options("model", "quantizers", "bench", "run")
+def bench(config_file: Path | None, **flags: Any) -> None:
+    """Measure the speed of a network in float, simulated, on int8 kernels and in onnxruntime.
+
+    \b
+    Example:
+        qtool bench -a resnet18 --qe-mode asym_u --qe-mode-wts sym --qe-per-channel
+    """
+    _print(_pipeline("bench").bench(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
 @config_options("model", "quantizers")
 def layers(config_file: Path | None, **flags: Any) -> None:
     """List the layers of a network: names, shapes, and what would be quantized and how.

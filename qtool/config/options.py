@@ -108,6 +108,20 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406.", param, ctx)
 
 
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Positive whole numbers separated by commas."""
+
+    name = "n,n"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        parts = [str(part) for part in value] if isinstance(value, (tuple, list)) else str(value).split(",")
+        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of positive whole numbers such as 1,32.", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 class Pair(Numbers):
     """Two finite numbers."""
 

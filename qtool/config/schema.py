@@ -13,7 +13,17 @@ import click
 
 from qtool.config.distiller import KEYS, MODE_KEYS, MODES, QUANTIZER_CLASS, WITHOUT_EFFECT
 from qtool.config.gate import Expect, RunSettings, Settings, ThresholdType
-from qtool.config.options import Bits, FloatBits, Numbers, Option, Pair, PositiveFloat, Shape, options_of
+from qtool.config.options import (
+    Bits,
+    Counts,
+    FloatBits,
+    Numbers,
+    Option,
+    Pair,
+    PositiveFloat,
+    Shape,
+    options_of,
+)
 from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, QuantizeConfig
 from qtool.config.sections.corrections import METHODS, Method
 from qtool.config.wording import default_of_key, help_of_key
@@ -270,6 +280,13 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
     FloatBits: lambda kind: {"enum": [16, 32, 64, None]},
     Pair: lambda kind: _list_of_numbers(2),
     Numbers: lambda kind: _list_of_numbers(None),
+    Counts: lambda kind: {
+        "type": ["array", "integer", "string", "null"],
+        "items": {"type": "integer", "minimum": 1},
+        "minimum": 1,
+        "minItems": 1,
+        "pattern": r"^\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*$",
+    },
     Shape: lambda kind: {
         "type": ["array", "string", "null"],
         "items": {"type": "integer", "minimum": 1},

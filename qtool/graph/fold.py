@@ -116,18 +116,25 @@ def output_channels_first(layer: nn.Module) -> Tensor:
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return _swap_channels(weight, layer) if ops.module_op(layer) == "conv_transpose" else weight
+    return swap_channels(weight, _groups(layer)) if ops.module_op(layer) == "conv_transpose" else weight
 
 
 def restore_layout(weight: Tensor, layer: nn.Module) -> Tensor:
     """The inverse of output_channels_first, for a tensor in that layout."""
-    return _swap_channels(weight, layer).contiguous() if ops.module_op(layer) == "conv_transpose" else weight
+    return (
+        swap_channels(weight, _groups(layer)).contiguous()
+        if ops.module_op(layer) == "conv_transpose"
+        else weight
+    )
 
 
-def _swap_channels(weight: Tensor, layer: nn.Module) -> Tensor:
-    """(G * A, B, ...) to (G * B, A, ...), within each of the layer's G groups; its own inverse."""
-    groups = layer.groups
-    assert isinstance(groups, int)
+def _groups(layer: nn.Module) -> int:
+    assert isinstance(layer.groups, int)
+    return layer.groups
+
+
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """(G * A, B, ...) to (G * B, A, ...), within each of G groups; its own inverse."""
     grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])  # (G, A, B, ...)
     return grouped.transpose(1, 2).flatten(0, 1)
 

@@ -59,7 +59,7 @@ def open_engine(config: Config, model: QuantizedModel, evaluation: Images) -> En
     if asked == AUTO and config.run.chosen_device != "cpu":
         why = f"torch's int8 kernels run on the CPU, not on {config.run.chosen_device}"
         return _said(Engine(SIMULATE, model, why))
-    images = next(_batches(config, evaluation, COMPARED)) if asked == AUTO else None
+    images = next(first_batches(config, evaluation, COMPARED)) if asked == AUTO else None
     with torch.no_grad():
         return _said(choose_engine(model, asked, images))
 
@@ -114,7 +114,7 @@ def verify(
     if native is None:
         return "--verify: nothing to compare, as the network has no int8 kernels", {}
     wanted = min(config.evaluation.verify, len(evaluation.indices))
-    x = torch.cat(list(_batches(config, evaluation, wanted)))
+    x = torch.cat(list(first_batches(config, evaluation, wanted)))
     simulated = evaluable(model, "cpu")
     with torch.no_grad():
         layers = parity(simulated, native, x)
@@ -137,7 +137,7 @@ def verify(
     return f"{head}\n{parity_text(layers)}", {"parity": record}
 
 
-def _batches(config: Config, evaluation: Images, count: int) -> Iterator[Tensor]:
+def first_batches(config: Config, evaluation: Images, count: int) -> Iterator[Tensor]:
     """The first evaluation images, count of them, fewer if some cannot be read."""
     size = min(count, config.data.batch_size)
     numbers = evaluation.indices[:count]

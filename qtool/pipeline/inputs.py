@@ -19,6 +19,9 @@ from qtool.data.kinds import dataset_kind, has_calibration_split
 from qtool.data.loader import Loader, make_loader
 from qtool.data.preprocessing import Preprocessing, choose_preprocessing
 from qtool.deploy.native.files import LoadedNative, from_file, is_native_file
+from qtool.deploy.onnx.files import from_file as from_onnx_file
+from qtool.deploy.onnx.files import is_onnx_file
+from qtool.deploy.onnx.session import OnnxNetwork
 from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
@@ -58,8 +61,8 @@ class Subject:
 
     @property
     def form(self) -> str:
-        """What it is: "float", "quantized", or "native" on int8 kernels."""
-        forms = {QuantizedModel: "quantized", LoadedNative: "native"}
+        """What it is: "float", "quantized", "native" on int8 kernels, or "onnx" in onnxruntime."""
+        forms = {QuantizedModel: "quantized", LoadedNative: "native", OnnxNetwork: "onnx"}
         return forms.get(type(self.network), "float")
 
     def traced(self) -> fx.GraphModule:
@@ -112,6 +115,8 @@ def load_subject(config: Config) -> Subject:
     content = None
     if asked.checkpoint is not None and is_native_file(asked.checkpoint):
         return _open_native(config, asked.checkpoint)
+    if asked.checkpoint is not None and is_onnx_file(asked.checkpoint):
+        return _open_onnx(config, asked.checkpoint)
     if asked.checkpoint is not None and not asked.pretrained:
         content = read_checkpoint(asked.checkpoint)
     if content is not None and is_quantized(content):
@@ -137,15 +142,26 @@ def load_subject(config: Config) -> Subject:
 
 def _open_native(config: Config, path: Path) -> Subject:
     network = from_file(path)
-    info = network.info.get("model", {})
+    return _open_converted(config, path, network, network.info.get("model", {}), "converted")
+
+
+def _open_onnx(config: Config, path: Path) -> Subject:
+    network, is_as_written = from_onnx_file(path)
+    if not is_as_written:
+        LOG.warning("%s: has been changed since qtool wrote it; what follows is of the changed network", path)
+    return _open_converted(config, path, network, network.info.get("model", {}), "exported")
+
+
+def _open_converted(config: Config, path: Path, network: nn.Module, info: Any, how: str) -> Subject:
+    """A network that runs as it is, and says in its file which images it takes."""
     arch, shape, stored_steps = (info.get(key) for key in ("arch", "input_shape", "preprocessing"))
     if not isinstance(arch, str) or not isinstance(shape, list) or not isinstance(stored_steps, dict):
-        raise ModelError(f"{path}: does not say which images it takes; convert the network again")
+        raise ModelError(f"{path}: does not say which images it takes; make the file again")
     if config.model.arch not in (None, arch):
-        raise ConfigError(f"--arch: {path} is a converted {arch}, not {config.model.arch}; leave it out")
+        raise ConfigError(f"--arch: {path} is {how} {arch}, not {config.model.arch}; leave it out")
     preprocessing = _preprocessing(config, arch, tuple(shape), Preprocessing(**_tuples(stored_steps)))
     image_shape = _image_shape(tuple(shape), preprocessing)
-    return Subject(network, arch, f"converted network {path.name}", image_shape, preprocessing, None)
+    return Subject(network, arch, f"{how} network {path.name}", image_shape, preprocessing, None)
 
 
 def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subject:

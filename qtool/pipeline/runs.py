@@ -218,9 +218,10 @@ def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
 
 
 def _check_convertible(config: Config, subject: Subject) -> None:
-    if subject.form == "native" and config.run.chosen_device != "cpu":
+    kernels = {"native": "torch's int8 kernels, which are", "onnx": "onnxruntime, which is here"}
+    if subject.form in kernels and config.run.chosen_device != "cpu":
         raise ConfigError(
-            f"--device: {subject.weights} runs on torch's int8 kernels, which are for the CPU; leave it out"
+            f"--device: {subject.weights} runs on {kernels[subject.form]} for the CPU; leave it out"
         )
     if not config.conversion.convert_pytorch:
         return
@@ -367,13 +368,13 @@ def _finish(
             write_text(path, confusion_csv(result.labels, result.predictions, classes))
             LOG.info("confusion matrix: %s", path)
     # Last, so that it says that the run has ended well.
-    write_text(folder / RESULTS_FILE, json.dumps(_finite(record), indent=2) + "\n")
+    write_text(folder / RESULTS_FILE, json.dumps(finite(record), indent=2) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: such a number, as the SQNR of equal logits, becomes null."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.corrections import METHODS, CorrectionConfig, CorrectionsConfig
 from qtool.config.sections.evaluation import EvaluationConfig
+from qtool.config.sections.export import BenchConfig, ExportConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
@@ -20,6 +21,7 @@ __all__ = [
     "NATIVE_BACKENDS",
     "OVERRIDABLE",
     "SECTIONS",
+    "BenchConfig",
     "CalibrationConfig",
     "Config",
     "ConversionConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "CorrectionsConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "LapqConfig",
     "ModelConfig",
     "QuantizeConfig",
@@ -46,6 +49,8 @@ SECTIONS: dict[str, type] = {
     "search": SearchConfig,
     "conversion": ConversionConfig,
     "evaluation": EvaluationConfig,
+    "export": ExportConfig,
+    "bench": BenchConfig,
     "run": RunConfig,
 }
 
@@ -63,4 +68,6 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,214 @@
+"""A network into a form that other programs read, and how what they compute differs from qtool's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.config import Config
+from qtool.config.sections.export import ENCODINGS, ONNX, ONNX_FLOAT, ExportConfig
+from qtool.deploy.onnx import Written, float_model, qdq_model, to_model
+from qtool.deploy.onnx.encodings import encodings
+from qtool.deploy.onnx.extra import load_extra
+from qtool.deploy.onnx.files import to_bytes
+from qtool.deploy.onnx.parity import differences_text, onnx_parity
+from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.errors import ConfigError
+from qtool.graph.fold import fold_batch_norms
+from qtool.pipeline.engine import first_batches
+from qtool.pipeline.inputs import (
+    Images,
+    Subject,
+    model_info,
+    open_evaluation,
+    open_subject,
+    quantized_network,
+)
+from qtool.pipeline.passes import evaluate_images
+from qtool.pipeline.run_folder import run_folder
+from qtool.pipeline.runs import RESULTS_FILE, Outcome, check_before_work, finite
+from qtool.quantizers.prepare import QuantizedModel
+from qtool.report import compare, table
+from qtool.run_dir import write_text, write_whole
+
+LOG = logging.getLogger("qtool")
+
+FILES = {ONNX: "quantized.onnx", ONNX_FLOAT: "float.onnx", ENCODINGS: "encodings.json"}
+# Images whose integers are compared layer by layer; every layer's are in memory at once.
+COMPARED = 8
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network in another form.
+
+    Args:
+        content: of the file.
+        network: the file's, as far as it can be run; None for grids alone.
+        record: of what was written, for results.json.
+        differences: layer by layer, given a batch: in words, and for results.json.
+    """
+
+    content: bytes
+    network: nn.Module | None
+    record: dict[str, Any]
+    differences: Callable[[torch.Tensor], tuple[str, dict[str, Any]]] | None = None
+
+
+def export(config: Config) -> Outcome:
+    """Write a network in another form, and compare on images what the file computes."""
+    asked = config.export
+    verifies = _check(config)
+    check_before_work(config, data_needed=verifies)
+    subject = open_subject(config)
+    _check_form(asked, subject)
+    images = _images(config, subject) if verifies else None
+    made = _EXPORTERS[asked.format](config, subject)
+    with run_folder(config) as folder:
+        LOG.info("network: %s, %s", subject.arch, subject.weights)
+        prefix = f"{config.run.name}_" if config.run.name else ""
+        path = folder / f"{prefix}{FILES[asked.format]}"
+        write_whole(path, lambda file: file.write(made.content))
+        record: dict[str, Any] = {"export": {"format": asked.format, "file": path.name, **made.record}}
+        lines = [f"{subject.arch}: {asked.format}, {len(made.content) / 1e6:.2f} MB, {path}"]
+        if images is not None:
+            text, more = _compared(config, subject, made, images)
+            lines.append(text)
+            record |= more
+        write_text(folder / RESULTS_FILE, json.dumps(finite(record), indent=2) + "\n")
+    return Outcome("\n".join([*lines, str(folder)]), folder, record)
+
+
+def _check(config: Config) -> bool:
+    """Whether the file is to be compared; refuse before any work what cannot be had.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    asked = config.export
+    if asked.format == ENCODINGS:
+        if asked.compared_images is not None:
+            raise ConfigError("--verify: grids alone compute nothing; --format onnx can be compared")
+        if asked.opset != ExportConfig.opset:
+            raise ConfigError("--opset: is of --format onnx and onnx-float; leave it out")
+        return False
+    verifies = asked.compared_images is not None or config.data.path is not None
+    load_extra("onnx", f"--format {asked.format}")
+    if verifies:
+        load_extra("onnxruntime", "--verify")
+        if config.run.chosen_device != "cpu":
+            raise ConfigError(
+                f"--device: compares on the CPU, not on {config.run.chosen_device}; leave it out"
+            )
+    return verifies
+
+
+def _check_form(asked: ExportConfig, subject: Subject) -> None:
+    """Refuse a network of which there is no such form.
+
+    Raises:
+        ConfigError: naming the format.
+    """
+    wanted = "float" if asked.format == ONNX_FLOAT else "quantized"
+    if subject.form != wanted:
+        advice = (
+            "give the float weights with -a and --checkpoint"
+            if wanted == "float"
+            else "'qtool quantize' makes a quantized_checkpoint.pth.tar; give that with --checkpoint"
+        )
+        found = subject.form if subject.form == "float" else f"a {subject.form} network"
+        raise ConfigError(f"--format {asked.format}: {subject.weights} is {found}; {advice}")
+
+
+def _images(config: Config, subject: Subject) -> Images:
+    evaluation = open_evaluation(config, subject)
+    wanted = config.export.compared_images or len(evaluation.indices)
+    if wanted >= len(evaluation.indices):
+        return evaluation
+    words = f"the first {wanted} of {evaluation.words}"
+    return replace(evaluation.part(range(wanted)), words=words)
+
+
+def _quantized(config: Config, subject: Subject) -> Export:
+    model = quantized_network(subject)
+    assert model is not None
+    written = qdq_model(model, subject.input_shape, config.export.opset)
+    proto = to_model(written, subject.arch)
+
+    def differences(x: torch.Tensor) -> tuple[str, dict[str, Any]]:
+        layers = onnx_parity(model, written, proto, x)
+        found = {name: asdict(layer) for name, layer in layers.items()}
+        return f"{differences_text(layers)}, on {len(x)} images", {"layers": found}
+
+    bare = proto.SerializeToString()
+    info = {"opset": config.export.opset, "layers": _layers(model)}
+    content = to_bytes(proto, {"model": model_info(subject, subject.num_outputs()), **info})
+    return Export(content, _runnable(config, bare), info, differences)
+
+
+def _layers(model: QuantizedModel) -> dict[str, dict[str, Any]]:
+    """How each layer computes, in how many bits: a file's integer types are wider than some grids."""
+    found = {}
+    for name, layer in model.plan.layers.items():
+        entry: dict[str, Any] = {"op": layer.op, "computes": layer.kind}
+        entry |= {} if layer.weight is None else {"bits_weights": layer.weight.spec.num_bits}
+        entry |= {} if layer.output is None else {"bits_activations": layer.output.spec.num_bits}
+        found[name] = entry
+    return found
+
+
+def _float(config: Config, subject: Subject) -> Export:
+    written: Written = float_model(
+        fold_batch_norms(subject.traced()).traced, subject.input_shape, config.export.opset
+    )
+    proto = to_model(written, subject.arch)
+    bare = proto.SerializeToString()
+    info = {"opset": config.export.opset}
+    content = to_bytes(proto, {"model": model_info(subject, subject.num_outputs()), **info})
+    return Export(content, _runnable(config, bare), info)
+
+
+def _runnable(config: Config, content: bytes) -> nn.Module | None:
+    """The network in onnxruntime, if it is to be run."""
+    return OnnxNetwork(content).eval() if _check(config) else None
+
+
+def _encodings(_config: Config, subject: Subject) -> Export:
+    model = quantized_network(subject)
+    assert model is not None
+    found = encodings(model)
+    counts = {key: len(found[key]) for key in ("activation_encodings", "param_encodings")}
+    return Export((json.dumps(found, indent=2) + "\n").encode("utf-8"), None, counts)
+
+
+_EXPORTERS: dict[str, Callable[[Config, Subject], Export]] = {
+    ONNX: _quantized,
+    ONNX_FLOAT: _float,
+    ENCODINGS: _encodings,
+}
+
+
+def _compared(config: Config, subject: Subject, made: Export, images: Images) -> tuple[str, dict[str, Any]]:
+    """What qtool and onnxruntime give for some images: in words, and for results.json."""
+    assert made.network is not None
+    ours = subject.form
+    results = {
+        ours: evaluate_images(config, subject.network, images, f"evaluating {ours}"),
+        "onnx": evaluate_images(config, made.network, images, "evaluating onnx"),
+    }
+    comparison = compare(results[ours], results["onnx"])
+    lines = [f"qtool and onnxruntime on {images.words}", table(results, comparison)]
+    record: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
+    record |= comparison.as_dict()
+    if made.differences is not None:
+        x = torch.cat(list(first_batches(config, images, COMPARED)))
+        text, more = made.differences(x)
+        lines.append(text)
+        record |= more
+    return "\n".join(lines), record
