@@ -1,6 +1,6 @@
 """How equal an exported network is in onnxruntime, on real images, and how fast.
 
-    QTOOL_DATA=... python benchmarks/export.py [--images 1000] [--networks resnet18,...] [--bits 8,6,4] > results.json
+    QTOOL_DATA=... python benchmarks/export.py --images 1000 --networks resnet18 --bits 8,4 > out.json
 
 Each network is quantized on 256 images of imagenet-sample (asym_u, weights sym per channel), exported, and
 evaluated by qtool's simulation and by onnxruntime on the first images of imagenet-nips2017.

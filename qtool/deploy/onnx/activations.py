@@ -127,7 +127,6 @@ ACTIVATIONS: dict[str, Rule] = {
     "hardswish": _plain("HardSwish"),
     "hardsigmoid": _hardsigmoid,
     "silu": _silu,
-    "si_lu": _silu,
     "mish": _plain("Mish"),
     "gelu": _gelu,
     "softplus": _softplus,
@@ -139,7 +138,6 @@ ACTIVATIONS: dict[str, Rule] = {
     "log": _plain("Log"),
     "sqrt": _plain("Sqrt"),
     "rsqrt": _rsqrt,
-    "reciprocal": _plain("Reciprocal"),
     "erf": _plain("Erf"),
     "pow": _pow,
 }

@@ -25,7 +25,7 @@ def exported(tiny_net, tiny_batches, tmp_path):
 
 
 def test_a_file_runs_in_a_fresh_process_that_cannot_import_qtool(exported, tmp_path):
-    model, path, x = exported
+    model, _, x = exported
     np.save(tmp_path / "x.npy", x.numpy())
     program = (
         "import sys, numpy as np, onnxruntime\n"
@@ -100,5 +100,5 @@ def test_a_file_that_was_changed_by_hand_is_refused(change, message, exported):
 def test_a_file_that_was_cut_off_is_refused(size, exported):
     _, path, _ = exported
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ModelError, match="ONNX model|has no entry"):
+    with pytest.raises(ModelError, match=r"ONNX model|has no entry"):
         from_file(path)

@@ -1,7 +1,5 @@
 """Quantized networks in onnxruntime against the simulation, integer by integer."""
 
-import json
-
 import onnx
 import pytest
 import torch
@@ -196,19 +194,3 @@ def test_a_missing_extra_is_refused_with_the_command_that_installs_it(tiny_net, 
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"needs onnx, which is not installed; pip install 'qtool\[onnx\]'"):
         qdq_model(model, (3, 8, 8))
-
-
-def test_encodings_are_the_grids_of_the_plan(tiny_net, x):
-    from qtool.deploy.onnx.encodings import encodings
-
-    config = qtool.QuantizeConfig(mode="asym_s", per_channel_weights=True, bits_activations=6)
-    model = qtool.quantize(tiny_net, qtool.calibrate(tiny_net, [x]), config)
-    found = json.loads(json.dumps(encodings(model)))
-    plan = model.plan.layers["conv1"]
-    (entry,) = found["activation_encodings"]["conv1"]
-    assert entry["bitwidth"] == 6 and entry["is_symmetric"] == "False" and entry["dtype"] == "int"
-    assert entry["scale"] == float(plan.output.scale) and entry["offset"] == -32 - int(plan.output.zero_point)
-    assert entry["min"] == entry["offset"] * entry["scale"]
-    assert entry["max"] == (entry["offset"] + 63) * entry["scale"]
-    assert [e["scale"] for e in found["param_encodings"]["conv1.weight"]] == plan.weight.scale.tolist()
-    assert {"x", "flatten"} <= set(found["activation_encodings"])

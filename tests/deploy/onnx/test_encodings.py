@@ -1,0 +1,20 @@
+"""The grids of a network as JSON."""
+
+import json
+
+import qtool
+from qtool.deploy.onnx.encodings import encodings
+
+
+def test_encodings_are_the_grids_of_the_plan(tiny_net, tiny_batches):
+    config = qtool.QuantizeConfig(mode="asym_s", per_channel_weights=True, bits_activations=6)
+    model = qtool.quantize(tiny_net, qtool.calibrate(tiny_net, tiny_batches), config)
+    found = json.loads(json.dumps(encodings(model)))
+    plan = model.plan.layers["conv1"]
+    (entry,) = found["activation_encodings"]["conv1"]
+    assert entry["bitwidth"] == 6 and entry["is_symmetric"] == "False" and entry["dtype"] == "int"
+    assert entry["scale"] == float(plan.output.scale) and entry["offset"] == -32 - int(plan.output.zero_point)
+    assert entry["min"] == entry["offset"] * entry["scale"]
+    assert entry["max"] == (entry["offset"] + 63) * entry["scale"]
+    assert [e["scale"] for e in found["param_encodings"]["conv1.weight"]] == plan.weight.scale.tolist()
+    assert {"x", "flatten"} <= set(found["activation_encodings"])
