@@ -55,7 +55,8 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.softmax(x, dim=-1), lambda x: F.interpolate(x, scale_factor=3, mode="nearest") * 2,
     lambda x: F.layer_norm(x, (9,)), lambda x: torch.rsqrt(x.abs() + 1), lambda x: torch.amax(x, 1),
     lambda x: x.movedim(1, -1) * 2, lambda x: torch.maximum(x, -x), lambda x: torch.minimum(x, x * x),
-    lambda x: torch.einsum("nchw,nchk->nwk", x, x), lambda x: x.abs().log(), lambda x: torch.erf(x), lambda x: F.hardtanh(x, -0.2, 0.3),
+    lambda x: torch.einsum("nchw,nchk->nwk", x, x), lambda x: x.abs().log(),
+    lambda x: torch.erf(x), lambda x: F.hardtanh(x, -0.2, 0.3),
 ]  # fmt: skip
 
 
