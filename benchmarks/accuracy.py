@@ -4,8 +4,8 @@
 
 Networks and splits are those of benchmarks/networks.py. Weights: one symmetric grid per channel; activations:
 one asymmetric grid per tensor. Where bits are below 8 the first and the last layer have 8, unless a row says
-"as all". Seconds are those of quantizing, calibration included, and rough. Every row is computed in a process of
-its own, written to the JSON file when it is done, and not computed again; rows that it lacks are not shown.
+"as all". Seconds are those of quantizing, calibration included, and rough. Every row is computed in a process
+of its own, written to the JSON file when it is done, and not computed again; rows it lacks are not shown.
 """
 
 from __future__ import annotations
