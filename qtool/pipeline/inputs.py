@@ -142,14 +142,14 @@ def load_subject(config: Config) -> Subject:
 
 def _open_native(config: Config, path: Path) -> Subject:
     network = from_file(path)
-    return _open_converted(config, path, network, network.info.get("model", {}), "converted")
+    return _open_converted(config, path, network, network.info.get("model", {}), "a converted")
 
 
 def _open_onnx(config: Config, path: Path) -> Subject:
     network, is_as_written = from_onnx_file(path)
     if not is_as_written:
         LOG.warning("%s: has been changed since qtool wrote it; what follows is of the changed network", path)
-    return _open_converted(config, path, network, network.info.get("model", {}), "exported")
+    return _open_converted(config, path, network, network.info.get("model", {}), "an exported")
 
 
 def _open_converted(config: Config, path: Path, network: nn.Module, info: Any, how: str) -> Subject:
@@ -161,7 +161,7 @@ def _open_converted(config: Config, path: Path, network: nn.Module, info: Any, h
         raise ConfigError(f"--arch: {path} is {how} {arch}, not {config.model.arch}; leave it out")
     preprocessing = _preprocessing(config, arch, tuple(shape), Preprocessing(**_tuples(stored_steps)))
     image_shape = _image_shape(tuple(shape), preprocessing)
-    return Subject(network, arch, f"{how} network {path.name}", image_shape, preprocessing, None)
+    return Subject(network, arch, f"{how.split()[1]} network {path.name}", image_shape, preprocessing, None)
 
 
 def _open_quantized(config: Config, content: dict[str, Any], path: Path) -> Subject:

@@ -47,8 +47,9 @@ class Site:
         return self.w.number(number)
 
     def tensors(self) -> list[str]:
-        """The names of all tensors that it reads, in order."""
-        return [self.name_of(node) for node in self.node.all_input_nodes if self.is_tensor(node)]
+        """The names of the tensors among its arguments, in order."""
+        arguments = [argument for argument in self.node.args if isinstance(argument, fx.Node)]
+        return [self.name_of(node) for node in arguments if self.is_tensor(node)]
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node gives a tensor."""

@@ -136,6 +136,27 @@ def test_products_and_concatenations_give_the_integers_of_the_simulation(x, as_q
     assert_equal(as_quantized(net, x, **approximated)[2], share=0.9)
 
 
+class Doubling(nn.Module):
+    """A value that is added to itself, and multiplied with itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        a = self.a(x)
+        return (a + a) * a
+
+
+def test_a_value_may_be_read_twice(x, as_quantized):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Doubling()
+    model, _, layers = as_quantized(net, x)
+    assert {model.plan.layers[name].kind for name in ("a", "add", "mul")} == {"integer"}
+    assert_equal(layers)
+
+
 def test_weights_alone_are_integers_in_the_file_too(tiny_net, x, as_quantized):
     model, proto, _ = as_quantized(tiny_net, x, bits_activations=0, bits_weights=8)
     kinds = [node.op_type for node in proto.graph.node]
