@@ -87,6 +87,8 @@ def test_a_resumed_run_takes_over_what_was_found(run_cli, chdir_tmp):
         (("--corrections", "gptq,equalization"), "put it in front"),
         (("--corrections", "gptq", "--search-eval-size", "0.5"), "--corrections-images says how many"),
         (("--resume-search-from", "."), "with --qe-lapq or --corrections only"),
+        (("--corrections", "gptq", "--resume-search-from", "."), "has no folder corrected_layers"),
+        (("--preset", "fast", "--resume-search-from", "."), "takes long enough to be resumed"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(run_cli, flags, words):

@@ -92,8 +92,8 @@ def smoothing_factors(activations: Tensor, weights: Tensor, alpha: float) -> Ten
         alpha: 0 leaves activations as wide as they are relative to each other, 1 makes them all alike.
 
     Example:
-        >>> smoothing_factors(torch.full((3,), 4.0), torch.full((3,), 4.0), 0.5).tolist()
-        [1.0, 1.0, 1.0]
+        >>> smoothing_factors(torch.full((3,), 4.0), torch.full((3,), 4.0), 0.5).float()
+        tensor([1.0000, 1.0000, 1.0000])
     """
     a, w = activations.double().clamp(min=SMALLEST), weights.double().clamp(min=SMALLEST)
     s = a**alpha / (w ** (1 - alpha) + EPSILON)

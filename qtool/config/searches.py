@@ -30,10 +30,7 @@ def check_search(config: Config, searches: bool) -> None:
     if not searches and not lapq.enabled:
         _note_clip_to_observed(config.quantizers)
         refuse_given(config, ("lapq",), "has an effect with --qe-lapq only; add that")
-        if not config.corrections.asked:
-            refuse_given(config, ("search",), "has an effect with --qe-lapq or --corrections only; add one")
-        elif config.search.eval_size != type(config.search).eval_size:
-            raise ConfigError("--search-eval-size: is of --qe-lapq; --corrections-images says how many")
+        _refuse_without_search(config)
         return
     if searches:
         refuse_given(config, ("corrections",), "is of 'qtool quantize', not of this search")
@@ -46,6 +43,21 @@ def check_search(config: Config, searches: bool) -> None:
     if lapq.basinhopping_niter != type(lapq).basinhopping_niter and not lapq.basinhopping:
         raise ConfigError(
             "--lapq-basinhopping-niter: has an effect with --lapq-basinhopping only; add that too"
+        )
+
+
+def _refuse_without_search(config: Config) -> None:
+    """Corrections can be resumed, and have no trials."""
+    search = config.search
+    if search.eval_size != type(search).eval_size:
+        reason = "has an effect with --qe-lapq only"
+        if config.corrections.asked:
+            reason += "; --corrections-images says how many images corrections look at"
+        raise ConfigError(f"--lapq-eval-size: {reason}; leave it out")
+    if search.resume is not None and not config.corrections.asked:
+        raise ConfigError(
+            "--resume-search-from: has an effect with --qe-lapq or --corrections only; add one, or leave it "
+            "out"
         )
 
 

@@ -164,7 +164,7 @@ class RoundedAdd(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         jit: Any = torch.jit
         # A program is to take any batch size.
-        if a.shape != b.shape or jit.is_tracing():
+        if jit.is_tracing() or a.shape != b.shape:
             return make_quantized(self._sum(a.int_repr(), b.int_repr()).int_repr(), self.output)
         total = torch.empty_like(stored(a))
         for out, part, other in memory_blocks(total, stored(a), stored(b)):

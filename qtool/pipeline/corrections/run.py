@@ -54,12 +54,28 @@ def open_corrections(config: Config, traced: fx.GraphModule, ranks: Ranks) -> Co
         if given:
             raise ConfigError(f"{flag}: does not go with {other}: {reason}; leave one of the two out")
     corrections = decide(traced, config.quantizers, asked)
+    _check_resumed(config, corrections)
     if corrections.preset is not None:
         for line in corrections.words:
             LOG.info("preset %s: %s", corrections.preset, line)
         if asked.methods:
             LOG.info("preset %s: its estimators only, as corrections are named", corrections.preset)
     return corrections
+
+
+def _check_resumed(config: Config, corrections: Corrections) -> None:
+    folder = config.search.resume
+    if folder is None:
+        return
+    if not any("store" in one.method.needs for one in corrections.methods):
+        raise ConfigError(
+            "--resume-search-from: none of these corrections takes long enough to be resumed; leave it out"
+        )
+    if not (folder / LAYERS_FOLDER).is_dir():
+        raise ConfigError(
+            f"--resume-search-from: {folder} has no folder {LAYERS_FOLDER}; name the folder of a run with "
+            "gptq, adaround or reconstruction"
+        )
 
 
 def correct(
