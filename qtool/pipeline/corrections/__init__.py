@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from qtool.quantizers.prepare import QuantizedModel, build
 LOG = logging.getLogger("qtool")
 
 Measure = Callable[[fx.GraphModule], ModelStats]
+Show = Callable[[str], AbstractContextManager[ShowProgress]]
 StoreFor = Callable[[str, dict[str, Any], Sequence[fx.GraphModule], ModelPlan], LayerStore | None]
 # Images on which the float network is compared before and behind a change of it.
 CHECKED_IMAGES = 4
@@ -122,7 +124,7 @@ def quantize_corrected(
     measure: Measure,
     *,
     given: ModelStats | None = None,
-    show: Callable[[str], ShowProgress] | None = None,
+    show: Show | None = None,
     store_for: StoreFor | None = None,
 ) -> Corrected:
     """Quantize a network with corrections; the given one stays as it was.
@@ -133,7 +135,7 @@ def quantize_corrected(
         images: calibration images that corrections look at, in batches.
         measure: gives the statistics of a network, from all calibration images.
         given: statistics of traced, where there are some.
-        show: gives what is told of a method's progress, for its name.
+        show: gives what is told of a method's progress while it runs, for its name.
         store_for: gives where a method keeps what it has found for each layer, for its name, its settings,
             the float networks and the plan that it starts from.
 
@@ -153,17 +155,20 @@ def quantize_corrected(
         start = time.perf_counter()
         names = [name for name, layer in plan.layers.items() if layer.kind in HAS_INTEGERS]
         extra: dict[str, Any] = {}
-        if "progress" in one.method.needs:
-            extra["progress"] = None if show is None else show(one.name)
+        if "store" in one.method.needs:
             settings = {**asdict(one.settings), "exclude": one.exclude}
             networks = (reference, folded.traced)
             extra["store"] = None if store_for is None else store_for(one.name, settings, networks, plan)
         if "traced" in one.method.needs:
             extra["traced"] = traced
         batches = (images,) if "batches" in one.method.needs else ()
-        folded, plan, report = one.method.run(
-            reference, folded, plan, *batches, layers=one.chosen(names), settings=one.settings, **extra
-        )
+        told = show(one.name) if show is not None and "progress" in one.method.needs else nullcontext()
+        with told as progress:
+            if progress is not None:
+                extra["progress"] = progress
+            folded, plan, report = one.method.run(
+                reference, folded, plan, *batches, layers=one.chosen(names), settings=one.settings, **extra
+            )
         records.append(_told(one, report, time.perf_counter() - start))
     record: dict[str, Any] = {"preset": corrections.preset, "images": sum(len(b) for b in images)}
     record["methods"] = records

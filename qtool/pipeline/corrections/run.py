@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +152,15 @@ class Resumed:
         self.own.put(key, tensors)
 
 
-def shown(name: str) -> ShowProgress:
+@contextmanager
+def shown(name: str) -> Iterator[ShowProgress]:
     """A bar on stderr for one method: layers done, and about how long the rest takes."""
-    bar: list[tqdm[Any]] = []
+    with tqdm(desc=name, unit="layer", leave=False, disable=None) as bar:
 
-    def show(progress: Progress) -> None:
-        if not bar:
-            bar.append(tqdm(total=progress.of, desc=name, unit="layer", leave=False, disable=None))
-        left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
-        bar[0].set_postfix_str(f"{progress.name}{left}")
-        bar[0].update(progress.number - 1 - bar[0].n)
-        if progress.number == progress.of and progress.seconds_left == 0:
-            bar[0].close()
+        def show(progress: Progress) -> None:
+            left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
+            bar.total = progress.of
+            bar.set_postfix_str(f"{progress.name}{left}")
+            bar.update(progress.number - 1 - bar.n)
 
-    return show
-
-
-Show = Callable[[str], ShowProgress]
+        yield show

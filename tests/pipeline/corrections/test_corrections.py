@@ -1,5 +1,7 @@
 """Corrections in order, their settings, their record, and going on after an end."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -116,12 +118,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_ran_through(traced, tiny_batche
     whole = _run(traced, tiny_batches, method, store_for=lambda *_: MemoryStore())
     stored = LayerFiles(tmp_path, "inputs")
 
+    @contextmanager
     def stop_at_the_last(_name):
         def show(progress):
             if progress.number == progress.of:
                 raise _Stopped
 
-        return show
+        yield show
 
     with pytest.raises(_Stopped):
         _run(traced, tiny_batches, method, show=stop_at_the_last, store_for=lambda *_: stored)
