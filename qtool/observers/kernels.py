@@ -114,17 +114,10 @@ def as_rows(x: Tensor, images: int, batch_axis: int | None, channel_axis: int) -
     return Rows(first.reshape(parts, channels, -1), False, images)
 
 
-def extremes(rows: Rows) -> Extremes:
-    """Smallest and largest value of each image and of each channel.
-
-    NaN in an image makes both of its values NaN.
-    """
-    low, high = rows_extremes(rows.values, rows.channels_last)
-    return Extremes.of_parts([low], [high], rows.images)
-
-
 def rows_extremes(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Smallest and largest value over the inner rows of (n, R, C), or over the last axis of (n, C, R).
+
+    NaN among the values makes both NaN.
 
     Returns:
         (n, C) each.

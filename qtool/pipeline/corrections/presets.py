@@ -40,15 +40,13 @@ class Traits:
     Args:
         weight_bits, activation_bits: the fewest of any layer; None where all stay in float.
         per_tensor: whether any weight has one grid for all its channels.
-        normed: whether batch norms follow convolutions.
         attention: whether there are attentions or layer norms.
-        linked: whether a layer's output goes through a ReLU, a ReLU6 or nothing into one other layer.
+        linked: whether a convolution with a batch norm goes into one other alone, a ReLU or ReLU6 between.
     """
 
     weight_bits: int | None
     activation_bits: int | None
     per_tensor: bool
-    normed: bool
     attention: bool
     linked: bool
 
@@ -77,7 +75,6 @@ def traits_of(traced: fx.GraphModule, specs: dict[str, LayerSpec]) -> Traits:
         min((w.num_bits for w in weights), default=None),
         min((o.num_bits for o in outputs), default=None),
         any(w.axis is None for w in weights),
-        "batch_norm" in ops,
         not ops.isdisjoint({"softmax", "layer_norm", "scaled_dot_product_attention"}),
         any(_is_linked(node) for _, node, _ in layers(traced)),
     )
@@ -128,7 +125,7 @@ def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[s
     if traits.attention:
         words.append("no equalization across layers: attention and layer norms stand between them")
     elif not traits.linked:
-        words.append("no equalization: no layer's output goes into one other layer alone")
+        words.append("no equalization: no convolution with a batch norm goes into one other alone")
     elif traits.per_tensor:
         methods.append(_method("equalization", by="weights"))
         words.append("equalization of weights: they have one grid per tensor")
