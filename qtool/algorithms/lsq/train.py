@@ -165,6 +165,10 @@ class Trainer:
         if not bool(torch.isfinite(total)):
             raise DivergedError(self.step + 1, "a gradient")
 
+    def is_finite(self) -> bool:
+        """Whether all that is learned is finite; a step too long can leave it otherwise."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.network.state().values())
+
     def state(self) -> dict[str, Any]:
         """All that a later step depends on, as plain values and tensors; views, not copies."""
         return {"step": self.step, "network": self.network.state(), "optimizer": self._optimizer.state_dict()}

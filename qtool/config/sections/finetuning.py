@@ -36,7 +36,7 @@ class FinetuningConfig:
     )
     learning_rate: float = option(
         0.005,
-        PositiveFloat(),
+        PositiveFloat(10),
         "Rate of weights and biases at the start, as a share of each channel's weights; it falls to 0 along "
         "a cosine.",
         "--learning-rate",
@@ -44,7 +44,7 @@ class FinetuningConfig:
     )
     scale_learning_rate: float = option(
         0.005,
-        PositiveFloat(),
+        PositiveFloat(10),
         "Rate of scales at the start, as a share of each.",
         "--scale-learning-rate",
     )

@@ -40,6 +40,9 @@ def train(
     """
     saver = _Saver(lambda: state.save(trainer, losses))
     total = trainer.settings.steps
+    if trainer.step >= total:  # a training that had been made, and was ended behind it
+        state.save(trainer, losses)
+        return
     every = config.data.print_freq
     bar = tqdm(
         desc="training", unit="step", total=total, initial=trainer.step, smoothing=SMOOTHING, leave=False,
@@ -59,31 +62,35 @@ def train(
             if every and (trainer.step % every == 0 or trainer.step == total):
                 LOG.info("training: step %d of %d, loss %.4g", trainer.step, total, mean)
             if interrupted():
-                saver.save()
+                saver.save(trainer.step)
                 raise KeyboardInterrupt
-            saver.perhaps(trainer.step)
+            if saver.is_due() and trainer.is_finite():
+                saver.save(trainer.step)
     trainer.step = total
-    saver.save()
+    saver.save(total)
 
 
 class _Saver:
-    """Saves from time to time."""
+    """Saves from time to time.
+
+    Attributes:
+        step: the last one that was saved; None for none.
+    """
 
     def __init__(self, save: Callable[[], None]) -> None:
         self._save = save
         self._next = time.monotonic() + SAVE_SECONDS
         self.step: int | None = None
 
-    def save(self) -> None:
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def save(self, step: int) -> None:
         start = time.monotonic()
         self._save()
         now = time.monotonic()
         self._next = now + max(SAVE_SECONDS, (now - start) / SAVE_SHARE)
-
-    def perhaps(self, step: int) -> None:
-        if time.monotonic() >= self._next:
-            self.save()
-            self.step = step
+        self.step = step
 
 
 def _diverged(error: DivergedError, saver: _Saver, state: TrainingState) -> ModelError:

@@ -107,6 +107,6 @@ def inputs_of(config: Config, trainer: Trainer, images: TrainingImages) -> dict[
         "augmentation or seed": repr(images.augmentation),
         "batch size": config.data.batch_size,
         "device": config.run.chosen_device,
-        "version of torch": torch.__version__,
+        "version of torch": str(torch.__version__),
         "number of threads": torch.get_num_threads(),
     }
