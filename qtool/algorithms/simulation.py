@@ -110,7 +110,10 @@ class Simulation:
         y = self._computed(name, node, plan, values)
         if grid is not None:
             return grid(y, masks)
-        return y if plan.activation is None else activated(y, plan.activation, plan.activation_limit)
+        if plan.activation is None:
+            return y
+        limit = plan.activation_limit
+        return activated(y, plan.activation, None if limit is None else limit.to(y.device))
 
     def _on_fresh_grids(
         self, name: str, node: fx.Node, values: Mapping[fx.Node, Any]

@@ -83,8 +83,8 @@ def _check(config: Config) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    configs.refuse_given(config, ("lapq",), "chooses ranges without training; leave it to 'qtool quantize'")
-    configs.refuse_given(config, ("search", "conversion"), "is of other commands than 'qtool finetune'")
+    others = ("lapq", "search", "conversion")
+    configs.refuse_given(config, others, "is of 'qtool quantize', which does not train; use that")
     configs.check_evaluation(config)
     if config.quantizers.dynamic:
         raise ConfigError(
