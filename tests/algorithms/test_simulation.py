@@ -86,9 +86,7 @@ def test_biases_are_rounded_to_steps_that_follow_the_scale_of_the_weight(tiny_ne
     """Steps that are said to be a million times as wide take every bias to zero."""
     folded, plan = planned_w4(tiny_net, tiny_batches, mode="asym_u", per_channel_weights=True)
     (node,) = (node for name, node, _ in layers(folded.traced) if name == "conv1")
-    plain, wide = (
-        _run(_simulation(folded, plan, m), tiny_batches[0])[node] for m in (1.0, torch.full((8,), 1e6))
-    )
+    plain, wide = (_run(_simulation(folded, plan, m), tiny_batches[0])[node] for m in (1.0, 1e6))
     assert not torch.equal(plain, wide)
     module = folded.traced.get_submodule("conv1")
     before, module.bias = module.bias, torch.nn.Parameter(torch.zeros(8))
