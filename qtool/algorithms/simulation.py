@@ -7,9 +7,11 @@ and grids are, and what of them is learned, is the caller's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Size, Tensor, fx, nn
 
 from qtool.graph import ops
@@ -166,7 +168,10 @@ class Simulation:
         self, node: fx.Node, grid: SimulatedGrid, values: Mapping[fx.Node, Any], masks: Masks | None
     ) -> Tensor:
         if node.meta["op"] == "add":
-            return grid.added([self._value(source, values) for source in tensor_inputs(node)], masks)
+            summands = [self._value(source, values) for source in tensor_inputs(node)]
+            if self.plans[node.meta["layer"]].sum_once:
+                return grid(functools.reduce(torch.add, summands), masks)
+            return grid.added(summands, masks)
         # Rounding each tensor and concatenating them is concatenating and rounding.
         args, kwargs = self._arguments(node, values)
         return grid(self.traced.get_submodule(str(node.target))(*args, **kwargs), masks)
