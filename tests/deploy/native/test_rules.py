@@ -4,8 +4,8 @@ from torch import nn
 
 import qtool
 from qtool.deploy.native import IN_FLOAT, INT8, SIMULATED, Target, convert, integers, supported_backends
+from qtool.deploy.native.containers import ToGrid
 from qtool.deploy.native.kernels import Add, Conv, PinnedConv, RoundedAdd
-from qtool.deploy.native.rules import _meets_ties
 
 needs_vnni = pytest.mark.skipif(not Target.here().vnni, reason="without VNNI such layers are simulated")
 
@@ -111,7 +111,7 @@ def test_depthwise_convolutions_avoid_the_kernel_that_saturates(backend):
     assert type(layer) is PinnedConv and native.layers["0"].saturating == 112
     assert_same(expected, found)
     saturates = Conv(layer.weights, layer.geometry, layer.output, "fbgemm")
-    x = torch.quantize_per_tensor(WIDE, layer.source.scale, layer.source.zero_point, torch.quint8)
+    x = ToGrid(layer.source)(WIDE)
     assert int((saturates(x).int_repr().int() - layer(x).int_repr().int()).abs().max()) > 1
 
 
@@ -176,14 +176,6 @@ def test_a_sum_of_two_inputs_beyond_the_outputs_range_is_added_in_float():
     assert isinstance(native.network.get_submodule("add"), RoundedAdd)
     assert native.layers["add"].runs == IN_FLOAT and "rounds both inputs" in native.layers["add"].why
     assert_same(expected, found)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "often"),
-    [(0.5, True), (1.25, True), (3 / 64, True), (1.0, False), (2 / 3, False), (0.7071, False)],
-)
-def test_ties_are_frequent_for_short_fractions(ratio, often):
-    assert _meets_ties(ratio) == often
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
