@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qtool.deploy.native import INT8 as ON_KERNEL
 from qtool.deploy.native import NativeModel, Target, convert, supported_backends
+from qtool.deploy.native.target import has_vnni
 from qtool.deploy.native.trial import LARGEST_DIFFERENCE, SHARE_EQUAL
 from qtool.deploy.parity import parity
 from qtool.errors import ConfigError
@@ -33,6 +34,7 @@ class Engine:
         why: it was taken, in words, or "" where it was asked for.
         native: the network on int8 kernels, if there is one, taken or not.
         work: share of the multiply-accumulates that run on int8 kernels there, 0 to 1.
+        compiled: whether the simulation went through torch.compile.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Engine:
     why: str = ""
     native: NativeModel | None = None
     work: float = 0.0
+    compiled: bool = False
 
 
 def evaluator(model: QuantizedModel, engine: str = AUTO, images: Tensor | None = None) -> nn.Module:
@@ -95,7 +98,8 @@ def _converted(model: QuantizedModel) -> NativeModel:
     backends = supported_backends()
     if not backends:
         raise ConfigError(f"--engine {INT8}: this build of torch has no int8 kernels; --engine {SIMULATE}")
-    return convert(model, Target.here(backends[0]), flag=f"--engine {INT8}")
+    as_simulated = "onednn" in backends
+    return convert(model, Target(backends[0], has_vnni(), as_simulated), flag=f"--engine {INT8}")
 
 
 def work_on_kernels(model: QuantizedModel, native: NativeModel) -> float:

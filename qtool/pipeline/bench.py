@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from qtool.config import Config
 from qtool.deploy.engine import INT8, choose_engine
+from qtool.deploy.native import convert
 from qtool.deploy.native.files import from_file, to_file
 from qtool.deploy.onnx import NEWEST_OPSET, float_model, qdq_model, to_model
 from qtool.deploy.onnx.extra import PIP, has_extra
@@ -166,9 +167,7 @@ def _int8(model: QuantizedModel, size_bytes: int) -> Variant:
 
 
 def _native(model: QuantizedModel, subject: Subject) -> Variant:
-    native = choose_engine(model, INT8).native
-    assert native is not None
-    content = to_file(native, example_input(subject.input_shape))
+    content = to_file(convert(model), example_input(subject.input_shape))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "native_int8.pt"
         path.write_bytes(content)

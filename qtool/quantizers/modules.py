@@ -80,6 +80,7 @@ class Requantize(nn.Module):
     """
 
     ratio: Tensor
+    offset: float
 
     def __init__(
         self,
@@ -98,12 +99,46 @@ class Requantize(nn.Module):
         self.register_buffer("ratio", along_axis(ratio.float(), channel_axis, num_dims), persistent=False)
         self.clamp = OutputClamp(output, activation, limit)
         self.grid = Grid(output)
+        self.offset = rounding_offset(self.clamp, self.ratio) if scale_approx_bits is None else 0.0
 
-    def forward(self, accumulator: Tensor) -> Tensor:
-        """Overwrites the accumulator, which is this layer's own."""
+    def forward(self, accumulator: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Overwrites the accumulator, which is this layer's own.
+
+        Args:
+            accumulator: integers.
+            bias: in steps of the output, where the accumulator does not have it yet.
+        """
         for (part,) in blocks(accumulator):
-            self.clamp.apply_(part.mul_(self.ratio).round_())
+            part.mul_(self.ratio)
+            if bias is not None:
+                part.add_(bias)
+            if self.offset:
+                part.add_(self.offset).round_().sub_(self.offset)
+            else:
+                part.round_()
+            self.clamp.apply_(part)
         return accumulator
+
+
+# A multiplier with so many binary places or fewer makes ties of one integer in 2^9 or more.
+TIE_BITS = 8
+
+
+def rounding_offset(clamp: OutputClamp, ratio: Tensor) -> float:
+    """What is added before rounding, and taken off after it: the place of 0.0 in an unsigned 8-bit integer.
+
+    The kernels of 8-bit integers add their zero point before they round. In float32 that moves a value which
+    lies next to a tie now and then, and every such value moves others in the layers behind. Where ties
+    themselves are frequent, values are rounded as they are: to even, whatever the zero point.
+
+    Args:
+        clamp: the ends of the output.
+        ratio: output steps per accumulator step.
+    """
+    places = ratio.double() * 2**TIE_BITS
+    if clamp.high - clamp.low > 255 or bool((places == places.round()).any()):
+        return 0.0
+    return -clamp.low
 
 
 def exact_ratio(ratio: Tensor) -> Tensor:
@@ -147,6 +182,7 @@ class QuantWeighted(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    shift: Tensor | None
 
     def __init__(
         self,
@@ -174,20 +210,25 @@ class QuantWeighted(nn.Module):
             bias = bias.to(accum_dtype).reshape(-1, *[1] * trailing)
         self.register_buffer("bias", bias, persistent=False)
         self.requantize = requantize
+        shift = None if bias is None else (bias.double() * requantize.ratio.double()).float()
+        self.register_buffer("shift", shift, persistent=False)
 
     def accumulate(self, x: Tensor) -> Tensor:
         """The integer accumulator, bias included, saturated."""
-        x = x.to(self.weight.dtype)
-        if self.exact and adds_up_products(x.device):
-            accumulator = self.compute(x, self.weight, None if self.bias is None else self.bias.flatten())
-        else:
-            accumulator = self.compute(x, self.weight, None).round_()
-            if self.bias is not None:
-                accumulator.add_(self.bias)
+        accumulator = self._sums(x)
+        if self.bias is not None:
+            accumulator.add_(self.bias)
         return clamp_accumulator(accumulator, self.accum_bits) if self.saturates else accumulator
 
+    def _sums(self, x: Tensor) -> Tensor:
+        """The accumulator without the bias."""
+        x = x.to(self.weight.dtype)
+        sums = self.compute(x, self.weight, None)
+        return sums if self.exact and adds_up_products(x.device) else sums.round_()
+
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.requantize(self.accumulate(x))
+        whole = (self.accumulate(x),) if self.saturates else (self._sums(x), self.shift)
+        result: Tensor = self.requantize(*whole)
         return result.float()
 
 

@@ -23,6 +23,20 @@ def test_grids_of_8_bits_and_below_run_on_int8_kernels(weights, activations, mod
         assert layer.alone.largest <= 1 and layer.alone.equal > 0.98, name
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("behind", [nn.ReLU, nn.Identity])
+def test_convolutions_give_the_simulations_integers_to_the_last_one(behind, bits):
+    """Of so many values, some lie next to a tie: with another order of operations they go the other way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 128, 1), behind(), nn.Conv2d(128, 128, 3, groups=128), behind())
+    x = torch.randn(16, 32, 56, 56)
+    stats = qtool.calibrate(net.eval(), [x[:2]])
+    config = qtool.QuantizeConfig(**SYMMETRIC, bits_weights=bits, bits_activations=bits)
+    model = qtool.quantize(net, stats, config)
+    found = parity(model, choose_engine(model, INT8).network, x)
+    assert len(found) == 2 and {layer.in_network for layer in found.values()} == {Difference(0, 1.0)}
+
+
 def test_the_engine_gives_the_simulations_logits(quantized, kernel_batch):
     model = quantized(**SYMMETRIC, bits_weights=4, bits_activations=4)
     a, b = model(kernel_batch), evaluator(model, INT8)(kernel_batch)

@@ -15,6 +15,7 @@ from qtool.quantizers.layout import read_in_order
 from qtool.quantizers.modules import (
     QuantAdd,
     QuantWeighted,
+    Requantize,
     adds_up_products,
     clamp_accumulator,
     largest_sum,
@@ -125,7 +126,8 @@ def test_values_between_convolutions_are_not_copied(tiny_net, tiny_batches):
 
 def conv_of(channels: int, largest: int, weight: int, bias: int = 0) -> QuantWeighted:
     layer = nn.Conv2d(channels, 2, 1)
-    requantize = nn.Identity()
+    grid = QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec())
+    requantize = Requantize(grid, torch.ones(2, dtype=torch.float64))
     return QuantWeighted(
         layer,
         torch.full((2, channels, 1, 1), float(weight)),

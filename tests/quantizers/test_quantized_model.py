@@ -261,6 +261,34 @@ def test_a_ratio_that_the_multiplier_holds_exactly_is_kept():
         assert float(ratio) == steps / 128
 
 
+@pytest.mark.parametrize(
+    ("mode", "bits", "activation", "ratio", "place"),
+    [
+        ("asym_u", 8, None, 0.0123, 100.0),  # the unsigned integer that stands for 0.0
+        ("sym", 6, None, 0.0123, 32.0),
+        ("asym_u", 8, "relu", 0.0123, 0.0),
+        ("asym_u", 8, None, 3 / 64, 0.0),  # every 64th integer is a tie, and goes to the even one
+        ("asym_u", 12, None, 0.0123, 0.0),  # no kernel has such a grid
+    ],
+)
+def test_values_are_rounded_where_kernels_round_them(mode, bits, activation, ratio, place):
+    spec = QuantSpec.from_mode(mode, bits)
+    output = QParams(torch.tensor(1.0), torch.tensor(100.0 if mode == "asym_u" else 0.0), spec)
+    requantize = Requantize(output, torch.tensor([ratio], dtype=torch.float64), activation)
+    assert requantize.offset == place
+
+
+def test_a_bias_is_added_in_steps_of_the_output():
+    """In float32 (sum + bias) * ratio goes the other way next to a tie, here 15 times."""
+    ratio = torch.tensor([0.3], dtype=torch.float64)
+    requantize = Requantize(QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec()), ratio, "relu")
+    step, sums = torch.tensor(0.3), torch.arange(2000.0).reshape(1, 1, 1, -1)
+    bias = (torch.tensor(-335.0).double() * step.double()).float()
+    expected = torch.round(sums * step + bias).clamp(0, 127)
+    assert torch.equal(requantize(sums.clone(), bias), expected)
+    assert not torch.equal(torch.round((sums - 335) * step).clamp(0, 127), expected)
+
+
 @pytest.mark.parametrize("accum_dtype", ["float32", "float64"])
 def test_d12_accumulators_hold_integers_and_in_float64_the_exact_ones(accum_dtype):
     """Convolution kernels that transform their input (Winograd's) are off by fractions, and more."""

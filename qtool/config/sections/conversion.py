@@ -30,6 +30,7 @@ class ConversionConfig:
     reduce_range: bool = option(
         False,
         click.BOOL,
-        "Give 7 bits to activations where 8 could saturate on processors without VNNI.",
+        "Give 7 bits to activations where 8 could saturate on processors without VNNI; with "
+        "--qe-convert-pytorch.",
         "--qe-reduce-range",
     )

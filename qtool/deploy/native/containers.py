@@ -2,6 +2,11 @@
 
     container = centered + zero_point         0 <= container <= high <= 255
 
+torch writes a scale beside the integers of such a tensor. Here it is 1, so that what a kernel multiplies an
+accumulator by is the layer's own ratio of requantization, to the last bit of float32: kernels multiply by the
+product of all scales, which would be rounded twice more. Operations that need two inputs on one scale are
+given a tensor with the scale they need beside the same integers (labelled).
+
 The smallest integer that a layer can give lies at 0, so the kernel's own clamp is exact at that end
 and computes a fused ReLU for nothing. What the other end lacks to 255 (grids below 8 bits, symmetric
 ones behind a ReLU) is clamped after the kernel.
@@ -77,7 +82,9 @@ def clamp_of(plan: LayerPlan) -> str | None:
 
 def within(x: Tensor, container: Container) -> Tensor:
     """Cut a quantized tensor off at the container's largest integer; the kernel has done so at 0 and 255."""
-    return x if container.high == LARGEST else torch.clamp(x, *container.limits)
+    if container.high == LARGEST:
+        return x
+    return torch.clamp(x, -container.zero_point, container.high - container.zero_point)
 
 
 def within_channels(x: Tensor, container: Container, highs: Tensor | None) -> Tensor:
@@ -108,6 +115,17 @@ class Unpack(nn.Module):
         return x.int_repr().float().sub_(self.zero_point)
 
 
+class FromGrid(nn.Module):
+    """A quantized tensor to the floats that it stands for."""
+
+    def __init__(self, container: Container) -> None:
+        super().__init__()
+        self.scale = container.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.dequantize().mul_(self.scale)
+
+
 class ToGrid(nn.Module):
     """Float values to a quantized tensor.
 
@@ -128,9 +146,20 @@ class ToGrid(nn.Module):
 
 
 def make_quantized(integers: Tensor, container: Container) -> Tensor:
-    """A quantized tensor of integers, uint8."""
+    """A quantized tensor of integers, uint8, whose scale is 1."""
     make: Any = torch._make_per_tensor_quantized_tensor
-    return make(integers, container.scale, container.zero_point)  # type: ignore[no-any-return]
+    return make(integers, 1.0, container.zero_point)  # type: ignore[no-any-return]
+
+
+def labelled(x: Tensor, scale: float) -> Tensor:
+    """The integers of a quantized tensor with another scale beside them; nothing is copied."""
+    jit: Any = torch.jit
+    if jit.is_tracing():
+        # A program cannot name another tensor's memory; this copies.
+        return torch.ops.quantized.mul_scalar(x, scale / x.q_scale())  # type: ignore[no-any-return]
+    make: Any = torch._empty_affine_quantized
+    empty: Tensor = make([0], scale=scale, zero_point=x.q_zero_point(), dtype=torch.quint8)
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def stored(x: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.deploy.native.containers import Container, make_quantized, stored, within, within_channels
+from qtool.deploy.native.containers import (
+    Container,
+    labelled,
+    make_quantized,
+    stored,
+    within,
+    within_channels,
+)
 from qtool.deploy.native.portable import OnednnConv
 from qtool.deploy.native.target import engine
 from qtool.deploy.native.weights import PackedWeights
@@ -68,7 +75,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = getattr(torch.ops.quantized, f"conv{self.dims}d")
-        y = conv(x, self.packed, self.output.scale, self.output.zero_point)
+        y = conv(x, self.packed, 1.0, self.output.zero_point)
         return within_channels(y, self.output, self.highs)
 
 
@@ -109,55 +116,82 @@ class Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(weights.tensor(), weights.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.quantized.linear(x, self.packed, self.output.scale, self.output.zero_point)
+        y = torch.ops.quantized.linear(x, self.packed, 1.0, self.output.zero_point)
         return within_channels(y, self.output, self.highs)
 
 
 class Rescale(nn.Module):
-    """A tensor on another grid, rounded once."""
+    """A tensor on another grid, rounded once.
 
-    def __init__(self, output: Container) -> None:
+    Args:
+        ratio: output steps per input step.
+        output: where it goes.
+    """
+
+    def __init__(self, ratio: float, output: Container) -> None:
         super().__init__()
-        self.output = output
+        self.ratio, self.output = ratio, output
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         # A concatenation of one: torch has no operation of its own for this.
-        return within(torch.ops.quantized.cat([x], 1, self.output.scale, self.output.zero_point), self.output)
+        steps = [labelled(x, self.ratio)]
+        return within(torch.ops.quantized.cat(steps, 1, 1.0, self.output.zero_point), self.output)
 
 
 class Add(nn.Module):
     """The sum of two tensors.
 
     Args:
+        ratios: output steps per step of each input.
+        wide: for an input that is to be rounded onto the output's grid before it is added, where that lies.
         output: where the sum goes.
-        first, second: the output's grid for an input that is to be rounded onto it before it is added.
     """
 
-    def __init__(self, output: Container, first: Container | None, second: Container | None) -> None:
+    def __init__(self, ratios: Sequence[float], wide: Sequence[Container | None], output: Container) -> None:
         super().__init__()
         self.output = output
-        self.first = nn.Identity() if first is None else Rescale(first)
-        self.second = nn.Identity() if second is None else Rescale(second)
+        self.first, self.second = (
+            Labelled(ratio) if grid is None else Rescale(ratio, grid)
+            for ratio, grid in zip(ratios, wide, strict=True)
+        )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         c = self.output
-        return within(torch.ops.quantized.add(self.first(a), self.second(b), c.scale, c.zero_point), c)
+        return within(torch.ops.quantized.add(self.first(a), self.second(b), 1.0, c.zero_point), c)
+
+
+class Labelled(nn.Module):
+    """A tensor in steps of another, for an operation that reads both."""
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        return labelled(x, self.ratio)
 
 
 class RoundedAdd(nn.Module):
-    """The sum of two tensors, each rounded onto the output's grid, in float.
+    """The sum of two tensors in the simulation's arithmetic, in float.
 
     Args:
         inputs: containers of the two.
         ratios: output steps per input step.
         output: where the sum goes.
+        once: whether the sum is rounded, and not each of the two onto the output's grid.
     """
 
-    why = "int8 kernels round a sum once, the simulation rounds both inputs; added in float"
-
-    def __init__(self, inputs: tuple[Container, ...], ratios: list[float], output: Container) -> None:
+    def __init__(
+        self, inputs: tuple[Container, ...], ratios: list[float], output: Container, once: bool = False
+    ) -> None:
         super().__init__()
         self.output = output
+        self.once = once
+        self.why = (
+            "int8 kernels multiply by other ratios, or round ties of this sum another way; added in float"
+            if once
+            else "int8 kernels round a sum once, the simulation rounds both inputs; added in float"
+        )
         self.zero_points = [float(container.zero_point) for container in inputs]
         self.ratios = ratios
 
@@ -173,37 +207,48 @@ class RoundedAdd(nn.Module):
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         """Of unsigned integers, in the simulation's arithmetic; on a grid of scale 1."""
-        total = self._rounded(x, 0) + self._rounded(y, 1)
+        total = self._in_steps(x, 0) + self._in_steps(y, 1)
         total = total.clamp_(max=self.output.high - self.output.zero_point)
         return torch.quantize_per_tensor(total, 1.0, self.output.zero_point, torch.quint8)
 
-    def _rounded(self, x: Tensor, index: int) -> Tensor:
+    def _in_steps(self, x: Tensor, index: int) -> Tensor:
         """In steps of the output, centered."""
-        return x.float().sub_(self.zero_points[index]).mul_(self.ratios[index]).round_()
+        steps = x.float().sub_(self.zero_points[index]).mul_(self.ratios[index])
+        return steps if self.once else steps.round_()
 
 
 class Mul(nn.Module):
-    """The product of two tensors, element by element."""
+    """The product of two tensors, element by element.
 
-    def __init__(self, output: Container) -> None:
+    Args:
+        ratio: output steps per step of the product.
+        output: where it goes.
+    """
+
+    def __init__(self, ratio: float, output: Container) -> None:
         super().__init__()
-        self.output = output
+        self.ratio, self.output = ratio, output
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        c = self.output
-        return within(torch.ops.quantized.mul(a, b, c.scale, c.zero_point), c)
+        product = torch.ops.quantized.mul(labelled(a, self.ratio), b, 1.0, self.output.zero_point)
+        return within(product, self.output)
 
 
 class Cat(nn.Module):
-    """The concatenation of tensors."""
+    """The concatenation of tensors.
 
-    def __init__(self, output: Container) -> None:
+    Args:
+        ratios: output steps per step of each tensor.
+        output: where it goes.
+    """
+
+    def __init__(self, ratios: Sequence[float], output: Container) -> None:
         super().__init__()
-        self.output = output
+        self.ratios, self.output = ratios, output
 
     def forward(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-        c = self.output
-        return within(torch.ops.quantized.cat(list(tensors), dim, c.scale, c.zero_point), c)
+        steps = [labelled(x, ratio) for x, ratio in zip(tensors, self.ratios, strict=True)]
+        return within(torch.ops.quantized.cat(steps, dim, 1.0, self.output.zero_point), self.output)
 
 
 class Pointwise(nn.Module):
@@ -211,17 +256,20 @@ class Pointwise(nn.Module):
 
     Args:
         name: of the operation in torch.ops.quantized.
-        output: where its result goes.
+        source, output: where its input and its result lie.
         arguments: between the input and the output's scale.
     """
 
-    def __init__(self, name: str, output: Container, arguments: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, name: str, source: Container, output: Container, arguments: tuple[Any, ...] = ()
+    ) -> None:
         super().__init__()
-        self.name, self.output, self.arguments = name, output, arguments
+        self.name, self.source, self.output, self.arguments = name, source, output, arguments
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        function = getattr(torch.ops.quantized, self.name)
-        return within(function(x, *self.arguments, self.output.scale, self.output.zero_point), self.output)
+        function, c = getattr(torch.ops.quantized, self.name), self.output
+        y = function(labelled(x, self.source.scale), *self.arguments, c.scale, c.zero_point)
+        return within(labelled(y, 1.0), c)
 
 
 class Selecting(nn.Module):

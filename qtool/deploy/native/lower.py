@@ -17,6 +17,7 @@ from torch import fx, nn
 from qtool.deploy.native.containers import (
     Container,
     FloatThenGrid,
+    FromGrid,
     Pack,
     ToGrid,
     Unpack,
@@ -148,7 +149,9 @@ class _Lowering:
         is_border = isinstance(self._module(node), Quantize)
         if form == FLOATS:
             if (node, KERNEL) in self.forms:
-                return self.graph.call_method("dequantize", (self.forms[node, KERNEL],))
+                return self._call(
+                    node, "dequantize", FromGrid(self.containers[node]), self.forms[node, KERNEL]
+                )
             return self._call(node, "dequantize", Dequantize(self.grids[node]), self._get(node, CENTERED))
         if form == KERNEL:
             container = self.containers[node]

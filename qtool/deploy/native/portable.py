@@ -72,7 +72,7 @@ class OnednnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         g, a, b = self.geometry, self.source, self.output
         integers = self.convolve(
-            x.int_repr(), a.scale, a.zero_point, self.weight, self.scales, self.zero_points, self.bias,
-            g.stride, g.padding, g.dilation, g.groups, b.scale, b.zero_point,
+            x.int_repr(), 1.0, a.zero_point, self.weight, self.scales, self.zero_points, self.bias,
+            g.stride, g.padding, g.dilation, g.groups, 1.0, b.zero_point,
         )  # fmt: skip
         return within_channels(make_quantized(integers, b), b, self.highs)

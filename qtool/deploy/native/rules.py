@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from torch import fx, nn
 
 from qtool.deploy.native.containers import LARGEST, Container
+from qtool.deploy.native.exhaustive import same_joined, same_pairs
 from qtool.deploy.native.kernels import (
     Add,
     Cat,
@@ -31,16 +31,23 @@ from qtool.deploy.native.kernels import (
 )
 from qtool.deploy.native.target import Target
 from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
-from qtool.quantizers.modules import FakeQuantize, QuantAdd, QuantCat, QuantProduct, QuantWeighted
+from qtool.quantizers.modules import (
+    FakeQuantize,
+    QuantAdd,
+    QuantAddOnce,
+    QuantCat,
+    QuantProduct,
+    QuantWeighted,
+)
 from qtool.quantizers.plan import LayerPlan
 
 # The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
 ONEDNN_MAX_GROUPS = 100
 # Layers whose modules end each channel elsewhere, as a ReLU6 with limits of its own asks for.
 ENDS_CHANNELS = frozenset({"conv", "linear"})
+# Share of the pairs of integers whose sum lies so near to a tie that float32 may take it for another side.
+FEW_TIES = 16 / 2**16
 EXACT_SCALES = "int8 kernels multiply by the exact ratio of scales; leave out --qe-scale-approx-bits"
-# A ratio p / q with an even q makes a tie of every q-th integer; those up to here are looked for.
-MOST_TIES = 64
 
 
 @dataclass(frozen=True)
@@ -71,26 +78,33 @@ def lower_weighted(site: Site) -> nn.Module:
     """A convolution or linear layer, from its stored integers."""
     module, plan = site.module, site.plan
     assert isinstance(module, QuantWeighted) and plan.weight is not None and plan.weight_q is not None
-    weights = packed_weights(plan, module.requantize.ratio, site.inputs[0], site.output)
-    if site.target.backend == "onednn" and bool((weights.zero_points != 0).any()):
+    weights = packed_weights(plan, module.requantize.ratio, site.inputs[0])
+    symmetric = _symmetric(weights)
+    backend = "onednn" if site.target.as_simulated and symmetric else site.target.backend
+    if backend == "onednn" and not symmetric:
         raise NotNative("onednn takes symmetric weights only; --qe-mode-wts sym, or --qe-pytorch-backend x86")
     count, total = weights.saturating, len(weights.integers)
     if count and site.target.saturates:
         raise NotNative(
-            f"sums of {count} of {total} channels could saturate on this processor; --qe-reduce-range"
+            f"sums of {count} of {total} channels could saturate on this processor; --qe-reduce-range (with "
+            "--qe-convert-pytorch)"
         )
     highs = channel_highs(module.requantize.clamp, site.output)
     if plan.op == "linear":
-        return Linear(weights, site.output, site.target.backend, highs)
+        return Linear(weights, site.output, backend, highs)
     geometry = geometry_of(module)
     if not count or not _on_fbgemms_depthwise_kernel(weights, geometry, site.target):
-        return Conv(weights, geometry, site.output, site.target.backend, highs)
-    if bool((weights.zero_points != 0).any()):
+        return Conv(weights, geometry, site.output, backend, highs)
+    if not symmetric:
         raise NotNative(
             f"sums of {count} of {total} channels could saturate in fbgemm's depthwise kernel; "
             "--qe-mode-wts sym, or --qe-reduce-range"
         )
     return PinnedConv(weights, geometry, site.inputs[0], site.output, highs)
+
+
+def _symmetric(weights: PackedWeights) -> bool:
+    return not bool(weights.zero_points.any())
 
 
 def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, target: Target) -> bool:
@@ -100,7 +114,7 @@ def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, tar
     a file made for onednn is loaded on unless one says otherwise.
     """
     depthwise = geometry.groups > 1 and weights.integers.shape[1] == 1 and weights.integers.dim() > 3
-    symmetric = bool((weights.zero_points == 0).all())
+    symmetric = _symmetric(weights)
     few = geometry.groups <= ONEDNN_MAX_GROUPS and symmetric and target.backend != "fbgemm"
     return depthwise and not few and target.backend != "qnnpack"
 
@@ -126,38 +140,37 @@ def geometry_of(module: QuantWeighted) -> Geometry:
 
 
 def lower_add(site: Site) -> nn.Module:
-    """A sum of two tensors, each rounded onto the output's grid before they are added.
+    """A sum of two tensors; unless asked otherwise, each is rounded onto its grid before they are added.
 
     torch's kernel rounds the sum once. That is the same as soon as one of the two is on the output's
     grid, so one that 8 bits of that grid can hold is put there first. Ties are the exception: those of a
-    sum go another way than those of the other input, which matters where they are frequent.
+    sum go another way than those of the other input. So all pairs of integers are tried.
     """
     module = site.module
     assert isinstance(module, QuantAdd)
     if len(site.inputs) != 2:
         raise NotNative(f"a sum of {len(site.inputs)} tensors; int8 kernels add two")
+    once = isinstance(module, QuantAddOnce)
+    in_float = RoundedAdd(site.inputs, module.ratios, site.output, once)
     if _is_approximated(module.ratios, [x.scale / site.output.scale for x in site.inputs]):
-        return RoundedAdd(site.inputs, module.ratios, site.output)
+        return in_float
+    if once:
+        native = Add(module.ratios, (None, None), site.output)
+        return native if same_pairs(module, native, site.inputs, site.output, FEW_TIES) else in_float
     for index in (0, 1):
         x, other = site.inputs[index], site.inputs[1 - index]
-        if _meets_ties(other.scale / site.output.scale):
-            continue
         on_grid = x.scale == site.output.scale
         wide = None if on_grid else _rounded(x, other, site.output, module.clamp.low, module.clamp.high)
         if on_grid or wide is not None:
-            return Add(site.output, *((wide, None) if index == 0 else (None, wide)))
-    return RoundedAdd(site.inputs, module.ratios, site.output)
+            native = Add(module.ratios, (wide, None) if index == 0 else (None, wide), site.output)
+            if same_pairs(module, native, site.inputs, site.output):
+                return native
+    return in_float
 
 
 def _is_approximated(ratios: Sequence[float], exact: Sequence[float]) -> bool:
     """Whether the simulation multiplies by something else than the ratios of scales, as kernels do."""
     return any(abs(a - b) > 1e-6 * b for a, b in zip(ratios, exact, strict=True))
-
-
-def _meets_ties(ratio: float) -> bool:
-    """Whether many integers times a ratio lie half-way between two, as half of them do for 1/2."""
-    nearest = Fraction(ratio).limit_denominator(MOST_TIES)
-    return nearest.denominator % 2 == 0 and abs(ratio - nearest) < 1e-6 * ratio
 
 
 def _rounded(a: Container, b: Container, output: Container, low: float, high: float) -> Container | None:
@@ -184,7 +197,10 @@ def lower_cat(site: Site) -> nn.Module:
     assert isinstance(site.module, QuantCat)
     if _is_approximated(site.module.ratios, [x.scale / site.output.scale for x in site.inputs]):
         raise NotNative(EXACT_SCALES)
-    return Cat(site.output)
+    native = Cat(site.module.ratios, site.output)
+    if not same_joined(site.module, native, site.inputs, site.output):
+        raise NotNative("torch's kernel rounds some of its integers to others than the simulation")
+    return native
 
 
 def lower_mul(site: Site) -> nn.Module:
@@ -195,31 +211,29 @@ def lower_mul(site: Site) -> nn.Module:
     exact = site.inputs[0].scale * site.inputs[1].scale / site.output.scale
     if _is_approximated(site.module.requantize.ratio.flatten().tolist(), [exact]):
         raise NotNative(EXACT_SCALES)
-    return Mul(site.output)
+    return Mul(float(site.module.requantize.ratio), site.output)
 
 
 def lower_clamp(site: Site) -> nn.Module:
     """A ReLU or ReLU6 of its own: the output's container leaves out what it cuts off."""
-    return Rescale(site.output)
+    return _rescale(site)
 
 
 def lower_selecting(site: Site) -> nn.Module:
     """An operation that gives some of its input's values."""
-    operation = _operation(site)
-    (source,) = site.inputs
     # The container of the input may be larger: it is cut off where the output's ends.
-    rescale = nn.Identity() if source == site.output else Rescale(site.output)
-    return Selecting(operation, rescale)
+    rescale = nn.Identity() if site.inputs[0] == site.output else _rescale(site)
+    return Selecting(_operation(site), rescale)
 
 
 def lower_hardswish(site: Site) -> nn.Module:
     """Hard-swish, on torch's fused kernel."""
-    return Pointwise("hardswish", site.output)
+    return Pointwise("hardswish", site.inputs[0], site.output)
 
 
 def lower_sigmoid(site: Site) -> nn.Module:
     """The sigmoid, on torch's fused kernel."""
-    return Pointwise("sigmoid", site.output)
+    return Pointwise("sigmoid", site.inputs[0], site.output)
 
 
 def lower_leaky_relu(site: Site) -> nn.Module:
@@ -227,12 +241,16 @@ def lower_leaky_relu(site: Site) -> nn.Module:
     operation: Any = _operation(site)
     if not isinstance(operation, nn.LeakyReLU):
         raise NotNative("leaky_relu as a function; nn.LeakyReLU is converted")
-    return Pointwise("leaky_relu", site.output, (operation.negative_slope, False))
+    return Pointwise("leaky_relu", site.inputs[0], site.output, (operation.negative_slope, False))
 
 
 def lower_mean(site: Site) -> nn.Module:
     """Never: torch's kernels give a mean on the grid of their input, so another grid means rounding twice."""
     raise NotNative("int8 kernels keep the grid of their input; computed in float and rounded once")
+
+
+def _rescale(site: Site) -> nn.Module:
+    return Rescale(site.inputs[0].scale / site.output.scale, site.output)
 
 
 def _operation(site: Site) -> nn.Module:

@@ -23,6 +23,9 @@ class Target:
         backend: one of BACKENDS.
         vnni: whether the processor adds up products of 8-bit integers in 32 bits. Without it the x86
             kernels add pairs of products in 16 bits, which saturate; qnnpack's never do.
+        as_simulated: whether convolutions and linear layers run on oneDNN's kernels wherever those take
+            them: they round as the simulation does, and the engine x86 hands some to fbgemm, which adds
+            the bias before it multiplies.
 
     Raises:
         ConfigError: if this build of torch lacks the engine.
@@ -30,6 +33,7 @@ class Target:
 
     backend: str
     vnni: bool
+    as_simulated: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in supported_backends():

@@ -30,10 +30,9 @@ class PackedWeights:
 
     Args:
         integers: (C_out, ...), int8.
-        scales: () or (C_out,), float64, chosen so that input scale times weight scale is a step of the
-            accumulator.
+        scales: () or (C_out,), float64: output steps per step of the accumulator.
         zero_points: of the same shape, int64.
-        bias: (C_out,), float32, or None.
+        bias: (C_out,), float32, in steps of the output, or None.
         saturating: output channels whose sums could saturate on a processor without VNNI.
     """
 
@@ -54,13 +53,13 @@ class PackedWeights:
         )
 
 
-def packed_weights(plan: LayerPlan, ratio: Tensor, source: Container, output: Container) -> PackedWeights:
-    """A layer's stored integers, with scales that give the simulation's ratio of requantization.
+def packed_weights(plan: LayerPlan, ratio: Tensor, source: Container) -> PackedWeights:
+    """A layer's stored integers, with the simulation's ratio of requantization as scales.
 
     Args:
         plan: of the layer.
         ratio: output steps per accumulator step, one value or one for each output channel.
-        source, output: containers of the layer's input and output.
+        source: container of the layer's input.
 
     Raises:
         NotNative: if the weight has more than 8 bits, or sums exceed the accumulator.
@@ -69,10 +68,10 @@ def packed_weights(plan: LayerPlan, ratio: Tensor, source: Container, output: Co
     if plan.weight.spec.num_bits > 8:
         raise NotNative(f"its weight has {plan.weight.spec.num_bits} bits; --qe-bits-wts 8 or fewer")
     centered, zero_points = kernel_integers(plan)
-    scales = ratio.double().reshape(zero_points.shape) * output.scale / source.scale
+    scales = ratio.double().reshape(zero_points.shape)
     bias = _bias_within(plan, ratio, source)
     if bias is not None:
-        bias = (bias * source.scale * scales).float()
+        bias = (bias * scales).float()
     saturating = int(saturating_channels(centered, source.high).sum())
     return PackedWeights(centered.to(torch.int8), scales, zero_points, bias, saturating)
 

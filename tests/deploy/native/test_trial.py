@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -40,7 +42,7 @@ def test_what_a_kernel_refuses_is_simulated_with_its_words(quantized, monkeypatc
 def test_a_kernel_that_leaves_its_grid_is_caught(quantized, monkeypatch):
     # Without the clamp at the upper end of a 4-bit grid.
     def unclamped(site):
-        return Rescale(type(site.output)(site.output.scale, site.output.zero_point, 255))
+        return Rescale(site.inputs[0].scale / site.output.scale, replace(site.output, high=255))
 
     monkeypatch.setitem(rules.FLOAT_RULES, "relu", unclamped)
     monkeypatch.setitem(rules.FLOAT_RULES, "relu6", unclamped)
