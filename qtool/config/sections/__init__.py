@@ -49,9 +49,9 @@ SECTIONS: dict[str, type] = {
     "corrections": CorrectionsConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
-    "finetuning": FinetuningConfig,
     "conversion": ConversionConfig,
     "evaluation": EvaluationConfig,
+    "finetuning": FinetuningConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
     "run": RunConfig,
@@ -69,9 +69,9 @@ class Config:
     corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     run: RunConfig = field(default_factory=RunConfig)
