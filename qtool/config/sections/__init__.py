@@ -12,6 +12,7 @@ from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelCon
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
+from qtool.config.sections.sensitivity import SensitivityConfig
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "SensitivityConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
@@ -51,6 +53,7 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
+    "sensitivity": SensitivityConfig,
     "run": RunConfig,
 }
 
@@ -70,4 +73,5 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     run: RunConfig = field(default_factory=RunConfig)
