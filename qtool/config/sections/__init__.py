@@ -9,6 +9,7 @@ from qtool.config.sections.corrections import METHODS, CorrectionConfig, Correct
 from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.export import BenchConfig, ExportConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
+from qtool.config.sections.mixed import MixedConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "LapqConfig",
+    "MixedConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
@@ -54,6 +56,7 @@ SECTIONS: dict[str, type] = {
     "export": ExportConfig,
     "bench": BenchConfig,
     "sensitivity": SensitivityConfig,
+    "mixed": MixedConfig,
     "run": RunConfig,
 }
 
@@ -74,4 +77,5 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
     run: RunConfig = field(default_factory=RunConfig)

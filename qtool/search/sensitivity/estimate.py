@@ -20,7 +20,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -28,12 +28,23 @@ from torch import Tensor, fx
 from qtool.graph.examples import placeholder_values
 from qtool.numerics.logits import logits_of
 from qtool.search.sensitivity.points import Plans, Point
-from qtool.search.sensitivity.rounded import RoundedLayer, rounded_layers
+from qtool.search.sensitivity.rounded import rounded_layers
 from qtool.search.sensitivity.scores import KL, SQNR, Score
 
 PROBES = 2
 # Images that go through the network together: few, so that their activations stay in the processor's cache.
 CHUNK = 8
+
+
+class ErrorSource(Protocol):
+    """Adds an error to the value of a node."""
+
+    @property
+    def end(self) -> fx.Node:
+        """The node, in the float network."""
+
+    def error(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """What is added, in the shape of the value, given the float values of all nodes."""
 
 
 def estimate(
@@ -47,23 +58,41 @@ def estimate(
     """The harm that each group does alone.
 
     Args:
-        plans: the network, and the plans that points may be of.
-        points: in each of them, one group is quantized alone.
+        plans: the network.
+        points: of plans, or of others of the same network; in each, one group is quantized alone.
+        images, metric, seed, probes: as for harm_of_errors.
+    """
+    network = plans.float_network()
+    rounded = [rounded_layers(network, plans.folded.traced, point) for point in points]
+    return harm_of_errors(network, rounded, images, metric, seed, probes)
+
+
+def harm_of_errors(
+    network: fx.GraphModule,
+    sources: Sequence[Sequence[ErrorSource]],
+    images: Sequence[Tensor],
+    metric: str = SQNR,
+    seed: int = 0,
+    probes: int = PROBES,
+) -> list[Score]:
+    """The harm that errors inside a float network do to its logits, to first order.
+
+    Args:
+        network: gives logits.
+        sources: groups of errors; those of one group are added together.
         images: batches of the network's input.
         metric: "sqnr", which gives the noise, or "kl".
         seed: of the random vectors.
         probes: how many of them.
 
     Returns:
-        For each point a score with that metric.
+        For each group a score with that metric.
     """
     if metric not in (SQNR, KL):
         raise ValueError(f"metric must be sqnr or kl, found {metric!r}")
-    network = plans.float_network()
-    rounded = [rounded_layers(network, plans.folded.traced, point) for point in points]
     generator = torch.Generator().manual_seed(seed)
-    ends = list(dict.fromkeys(layer.end for group in rounded for layer in group))
-    harm = torch.zeros(len(points), dtype=torch.float64)
+    ends = list(dict.fromkeys(source.end for group in sources for source in group))
+    harm = torch.zeros(len(sources), dtype=torch.float64)
     signal, count = 0.0, 0
     for chunk in _chunks(images):
         with torch.enable_grad():
@@ -72,7 +101,7 @@ def estimate(
         signal += float(logits.detach().double().square().sum())
         count += len(chunk)
         detached = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
-        errors = [_errors(group, detached) for group in rounded]
+        errors = [_errors(group, detached) for group in sources]
         for number in range(probes):
             z = _directions(logits.detach(), metric, generator)
             asked = [values[end] for end in ends]
@@ -113,7 +142,7 @@ def _values(
     return interpreter.env, network.graph.process_outputs(output)
 
 
-def _errors(group: Sequence[RoundedLayer], values: dict[fx.Node, Any]) -> list[tuple[fx.Node, Tensor]]:
+def _errors(group: Sequence[ErrorSource], values: dict[fx.Node, Any]) -> list[tuple[fx.Node, Tensor]]:
     with torch.no_grad():
         return [(layer.end, layer.error(values)) for layer in group]
 

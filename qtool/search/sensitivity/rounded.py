@@ -10,10 +10,10 @@ from torch import Tensor, fx
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.affine import dequantize_centered, quantize_centered
 from qtool.numerics.spec import QParams
-from qtool.quantizers.plan import IDENTITY, INTEGER
+from qtool.quantizers.plan import FAKE, IDENTITY, INTEGER, ModelPlan
 from qtool.quantizers.plan.derived import grids_read, value_grids
 from qtool.quantizers.prepare import build_layer
-from qtool.search.groups import QUANTIZED, source_layer
+from qtool.search.groups import QUANTIZED, Group, source_layer
 from qtool.search.sensitivity.points import Point
 
 Values = Mapping[fx.Node, Any]
@@ -127,3 +127,56 @@ def rounded_layers(network: fx.GraphModule, traced: fx.GraphModule, point: Point
     grids = value_grids(traced, point.plan.layers)
     names = [name for name in point.group.layers if point.plan.layers[name].kind in QUANTIZED]
     return [RoundedLayer(network, traced, name, point, grids) for name in names]
+
+
+class RoundedValue:
+    """A value of the float network that is put on a grid.
+
+    Args:
+        end: the node that gives it, in the float network.
+        grid: of the value.
+    """
+
+    def __init__(self, end: fx.Node, grid: QParams) -> None:
+        self.end, self.grid = end, grid
+
+    def error(self, values: Values) -> Tensor:
+        """What rounding adds to the value."""
+        x: Tensor = values[self.end]
+        return dequantize_centered(quantize_centered(x, self.grid), self.grid) - x
+
+
+def rounded_values(
+    network: fx.GraphModule, traced: fx.GraphModule, plan: ModelPlan, group: Group
+) -> list[RoundedValue]:
+    """The values that layers of a group put on grids, apart from weights: outputs, and inputs of their own.
+
+    Args:
+        network: the float network.
+        traced: the one that the plan is of, which has the same nodes, by name.
+        plan: of all layers.
+        group: the layers.
+    """
+    here = {node.name: node for node in network.graph.nodes}
+    nodes = {name: node for name, node, _ in layers(traced)}
+    found = []
+    for name in group.layers:
+        layer, node = plan.layers[name], nodes[name]
+        if layer.kind not in (INTEGER, FAKE):
+            continue
+        fresh = zip(tensor_inputs(node), layer.inputs, strict=False)
+        found += [RoundedValue(here[source.name], grid) for source, grid in fresh if grid is not None]
+        assert layer.output is not None
+        found.append(RoundedValue(here[_last(name, plan, nodes, group).name], layer.output))
+    return found
+
+
+def _last(name: str, plan: ModelPlan, nodes: Mapping[str, fx.Node], group: Group) -> fx.Node:
+    """The node of a layer, or of the last activation that it computes."""
+    taken = [
+        nodes[other]
+        for other in group.layers
+        if plan.layers[other].kind == IDENTITY
+        and source_layer(tensor_inputs(nodes[other])[0], plan.layers) == name
+    ]
+    return taken[-1] if taken else nodes[name]
