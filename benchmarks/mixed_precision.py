@@ -3,9 +3,10 @@
     QTOOL_DATA=... python benchmarks/mixed_precision.py benchmarks/mixed_precision.md
 
 Weights are symmetric, one grid per channel; activations asymmetric with 8 bits. Calibrated on 256 images of
-imagenet-sample; bits chosen on 64 of them by the estimated noise of each layer's weights at the logits; evaluated on
-256 images of imagenet-nips2017, which share none with these, by the simulation. SQNR is that of the logits against the
-float network; agreement the share of equal predictions. Both rows of a pair have the same estimators.
+imagenet-sample; bits chosen on 64 of them by the estimated noise of each layer's weights at the logits;
+evaluated on 256 images of imagenet-nips2017, which share none with these, by the simulation. SQNR is that of
+the logits against the float network; agreement the share of equal predictions. All rows of a network and of
+ranges have the same estimators; there are no corrections.
 """
 
 from __future__ import annotations

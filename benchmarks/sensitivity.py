@@ -2,12 +2,12 @@
 
     QTOOL_DATA=... python benchmarks/sensitivity.py benchmarks/sensitivity.md
 
-Each layer alone is quantized, weights (symmetric, per channel) and activations (asymmetric) to the bits of the row,
-on 64 of the images that calibrate. Time: all that follows calibration, over one evaluation of the float network
-on the same 64 images as `qtool evaluate` does it, image loading left out of both; in turns, in one process, two threads,
-the median of the rounds. Agreement: estimates against the measurement of each layer by running the network
-(`--exact`): rank correlation (Spearman), the difference's root mean square in dB, and how many of the worst
-five both have.
+Each layer alone is quantized, weights (symmetric, per channel) and activations (asymmetric) to the bits of
+the row, on 64 of the images that calibrate. Time: all that follows calibration, over one evaluation of the
+float network on the same 64 images as `qtool evaluate` does it, image loading left out of both; in turns, in
+one process, two threads, the median of the rounds. Agreement: estimates against the measurement of each layer
+by running the network (`--exact`): rank correlation (Spearman), the difference's root mean square in dB, and
+how many of the worst five both have.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def main(result: Path) -> None:
         "",
     ]
     lines += [f"torch {torch.__version__}. {NON_COMMERCIAL}", ""]
-    lines += [
-        "| network | layers | bits | by | time, float evaluations | with --exact | rank | rms, dB | of worst 5 |"
-    ]
+    lines += ["| network | layers | bits | by | float evaluations | --exact | rank | rms, dB | of worst 5 |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for name in NETWORKS:
         lines += lines_of(name)

@@ -202,6 +202,19 @@ def sensitivity(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
+@config_options("model", "data", "calibration", "quantizers", "corrections", "compare", "run")
+def compare(config_file: Path | None, **flags: Any) -> None:
+    """Compare a float network with its quantized version: layer by layer, and the images that flip.
+
+    \b
+    Example:
+        qtool compare --checkpoint float.pth --quantized logs/RUN/quantized_checkpoint.pth.tar images/
+    """
+    _print(_pipeline("comparison").compare_networks(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
 @config_options("model", "data", "conversion", "evaluation", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
     """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.

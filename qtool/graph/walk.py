@@ -55,6 +55,10 @@ class Walk:
         """Run everything up to a node, and the node; nothing where it has run already."""
         self._run_to(max(self._next, self._place[node] + 1))
 
+    def past_all_before(self, node: fx.Node) -> None:
+        """Run everything in front of a node; nothing where that has run already."""
+        self._run_to(max(self._next, self._place[node]))
+
     def arguments(self, node: fx.Node) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What a node is called with, for each batch; the walk must stand in front of it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qtool.config.sections.compare import CompareConfig
 from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.corrections import METHODS, CorrectionConfig, CorrectionsConfig
 from qtool.config.sections.evaluation import EvaluationConfig
@@ -25,6 +26,7 @@ __all__ = [
     "SECTIONS",
     "BenchConfig",
     "CalibrationConfig",
+    "CompareConfig",
     "Config",
     "ConversionConfig",
     "CorrectionConfig",
@@ -57,6 +59,7 @@ SECTIONS: dict[str, type] = {
     "bench": BenchConfig,
     "sensitivity": SensitivityConfig,
     "mixed": MixedConfig,
+    "compare": CompareConfig,
     "run": RunConfig,
 }
 
@@ -78,4 +81,5 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     mixed: MixedConfig = field(default_factory=MixedConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     run: RunConfig = field(default_factory=RunConfig)
