@@ -49,8 +49,8 @@ YAML_FILE, LAYERS_FILE, FLIPS_FILE = "compare.yaml", "compare_layers.csv", "comp
 CHUNK = 8
 # Flipped images that the terminal shows.
 SHOWN = 10
-# A weight that is further from its float form than this is not a rounding of it.
-UNLIKE_DB = 0.0
+# Rounding, learned too, leaves most weights within a step of their integer.
+UNLIKE_STEPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def compare_networks(config: Config) -> runs.Outcome:
 
 
 def _check(config: Config) -> None:
-    configs.refuse_given(config, ("lapq",), "is of 'qtool quantize', whose checkpoint --quantized takes")
+    configs.refuse_given(config, ("lapq",), "is of 'qtool quantize'; compare the checkpoint that it leaves")
     configs.refuse_given(
         config, ("search", "conversion", "evaluation"), "is of 'qtool quantize', not of this command"
     )
@@ -119,7 +119,7 @@ def _check(config: Config) -> None:
     if config.quantizers.dynamic:
         raise ConfigError(f"{COMMAND}: compares on grids that are fixed; leave out --qe-dynamic")
     if config.compare.quantized is not None:
-        reason = "the network of --quantized is quantized already; leave it out"
+        reason = "the network of --quantized is quantized already; leave that out"
         configs.refuse_given(config, ("quantizers", "corrections", "calibration"), reason)
 
 
@@ -193,9 +193,7 @@ def _compared(
         raise DataError(steps.NO_IMAGES)
     expected, found = (torch.cat(parts) for parts in zip(*logits, strict=True))
     layers = comparison.layers()
-    unlike = [
-        one.layer for one in layers if one.weight_sqnr_db is not None and one.weight_sqnr_db < UNLIKE_DB
-    ]
+    unlike = [one.layer for one in layers if one.weight_steps is not None and one.weight_steps > UNLIKE_STEPS]
     if unlike:
         LOG.warning(
             "the weights of %d layers, such as %s, are not those of this float network, rounded: they are of "

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from qtool.graph.fold import Folded, output_channels_first
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.graph.walk import Walk
-from qtool.numerics.affine import dequantize_centered
+from qtool.numerics.affine import along_axis, dequantize_centered
 from qtool.numerics.codes import CodeCounts, CodeUse
 from qtool.numerics.logits import logits_of
 from qtool.numerics.metrics import ratio_db, sqnr_db
@@ -42,6 +42,7 @@ class LayerComparison:
         sqnr_db: of its output in the quantized network, against the float network's.
         local_sqnr_db: of its output for float inputs; None for a layer in float.
         weight_sqnr_db: of its weight; None for one in float.
+        weight_steps: how far a weight is from its integer, in steps of the grid, the median of all.
         codes: how its grid is used; None without a grid.
     """
 
@@ -52,6 +53,7 @@ class LayerComparison:
     sqnr_db: float
     local_sqnr_db: float | None
     weight_sqnr_db: float | None
+    weight_steps: float | None
     codes: CodeUse | None
 
 
@@ -157,7 +159,7 @@ class _Layer:
         self.name, self.plan, self.rounded, self.end = name, plan, rounded, end
         self.node = next(node for other, node, _ in layers(traced) if other == name)
         self.signal = self.noise = self.local_noise = 0.0
-        self.weight_sqnr_db = _weight_sqnr_db(traced, name, plan)
+        self.weight = _of_weight(traced, name, plan)
         self.codes: CodeCounts | None = None
         if plan.output is not None and plan.kind in (INTEGER, FAKE):
             clamp = OutputClamp(plan.output, plan.activation, plan.activation_limit)
@@ -186,16 +188,19 @@ class _Layer:
             None if plan.output is None else plan.output.spec.num_bits,
             ratio_db(self.signal, self.noise),
             None if self.rounded is None else ratio_db(self.signal, self.local_noise),
-            self.weight_sqnr_db,
+            *self.weight,
             None if self.codes is None else self.codes.use(),
         )
 
 
-def _weight_sqnr_db(traced: fx.GraphModule, name: str, plan: LayerPlan) -> float | None:
+def _of_weight(traced: fx.GraphModule, name: str, plan: LayerPlan) -> tuple[float | None, float | None]:
+    """The SQNR of a layer's weight, and the median distance from its integers in steps."""
     if plan.weight is None or plan.weight_q is None:
-        return None
+        return None, None
     weight = output_channels_first(traced.get_submodule(name))
-    return sqnr_db(weight, weight_values(plan.weight, plan.weight_q))
+    rounded = weight_values(plan.weight, plan.weight_q)
+    steps = (weight - rounded).abs() / along_axis(plan.weight.scale, plan.weight.spec.axis, weight.dim())
+    return sqnr_db(weight, rounded), float(steps.median())
 
 
 @dataclass(frozen=True)

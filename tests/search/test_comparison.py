@@ -43,7 +43,7 @@ def test_cumulative_noise_is_that_of_the_outputs_in_the_network(compared, tiny_n
 def test_alone_a_layer_has_only_its_own_noise(compared):
     found, _, _ = compared(bits_activations=4)
     assert found["conv1"].local_sqnr_db == pytest.approx(found["conv1"].sqnr_db, abs=1e-6)
-    assert found["fc"].local_sqnr_db > found["fc"].sqnr_db + 1
+    assert found["fc"].local_sqnr_db > found["fc"].sqnr_db + 0.5
 
 
 def test_a_layer_in_float_passes_the_noise_on_and_adds_none(compared):
@@ -55,7 +55,7 @@ def test_a_layer_in_float_passes_the_noise_on_and_adds_none(compared):
 def test_each_bit_is_worth_six_decibels_alone(compared):
     low, _, _ = compared(bits_activations=6, bits_weights=0)
     high, _, _ = compared(bits_activations=8, bits_weights=0)
-    assert high["avgpool" if "avgpool" in high else "pool"].local_sqnr_db - low["pool"].local_sqnr_db > 8
+    assert high["pool"].local_sqnr_db - low["pool"].local_sqnr_db > 8
 
 
 def test_codes_are_of_the_layer_and_its_activation(compared, tiny_batches):
@@ -82,6 +82,7 @@ def test_the_logits_are_those_of_the_networks(compared, tiny_net, tiny_batches):
 def test_weights_are_compared_too(compared):
     found, _, _ = compared(bits_weights=8)
     coarse, _, _ = compared(bits_weights=4)
+    assert found["fc"].weight_steps < 0.5
     assert 20 < found["fc"].weight_sqnr_db - coarse["fc"].weight_sqnr_db < 28  # 4 bits, 24 dB
 
 

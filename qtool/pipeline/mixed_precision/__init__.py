@@ -88,7 +88,7 @@ def _check(config: Config) -> tuple[str, float]:
         raise ConfigError(
             f"--mixed-activations: {flag} counts weights only; give --bops-budget, or leave it out"
         )
-    configs.refuse_given(config, ("lapq",), "moves ranges for bits that are fixed; leave it out")
+    configs.refuse_given(config, ("lapq",), "moves ranges for bits that are fixed; leave out --bits")
     return flag, budget
 
 
