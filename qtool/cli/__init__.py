@@ -286,6 +286,21 @@ def init(config_file: Path | None, output: Path, force: bool, **flags: Any) -> N
 
 
 @main.command(cls=QtoolCommand)
+@DATA
+@config_options(
+    "model", "data", "calibration", "quantizers", "corrections", "finetuning", "evaluation", "run"
+)
+def finetune(config_file: Path | None, **flags: Any) -> None:
+    """Quantize a network and train the result, by default to predict what the float network predicts.
+
+    \b
+    Example:
+        qtool finetune --qe-mode asym_u --qe-per-channel --qe-bits-wts 4 --qe-bits-acts 4
+    """
+    _print(_pipeline("finetune").run(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
 @click.argument("kind", type=click.Choice(["config", "check"]), default="config")
 def schema(kind: str) -> None:
     """Print the JSON Schema of a YAML file: for -c, or for 'qtool check'.

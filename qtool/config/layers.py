@@ -71,6 +71,11 @@ def check(config: QuantizeConfig) -> None:
         raise ConfigError(
             "--qe-stats-as-is: has an effect with --qe-stats-file only; add that, or leave it out"
         )
+    if config.dynamic and config.add_rounding != "inputs":
+        raise ConfigError("--qe-add-rounding: with --qe-dynamic additions are made in float; leave it out")
+    if config.float_output and (config.dynamic or not config.bits_activations):
+        without = "--qe-dynamic" if config.dynamic else "--qe-bits-acts 0"
+        raise ConfigError(f"--qe-float-output: has no effect with {without}; leave it out")
     variants = [("", config), *_at_the_ends(config)]
     variants += [(f"overrides.{p}: ", replace(config, **s)) for p, s in config.overrides.items()]
     for where, settings in variants:
@@ -237,6 +242,7 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         scale_approx_bits=settings.scale_approx_bits,
         scale_approx_everywhere=settings.scale_approx_everywhere,
         symmetric_unsigned=settings.symmetric_unsigned,
+        sum_once=settings.add_rounding == "sum",
     )
 
 

@@ -183,6 +183,22 @@ class PositiveFloat(click.ParamType[float]):
         return number
 
 
+class Share(click.ParamType[float]):
+    """A number from 0 to 1, with 1 or without."""
+
+    name = "float"
+
+    def __init__(self, below_one: bool = False) -> None:
+        self.below_one = below_one
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(click.FLOAT.convert(value, param, ctx))
+        # Written so that NaN fails too.
+        if not 0 <= number <= 1 or (self.below_one and number == 1):
+            self.fail(f"{value} is not in the range 0<=x<{'' if self.below_one else '='}1.", param, ctx)
+        return number
+
+
 # What is read, and what is written.
 FILE = click.Path(path_type=Path)
 OUTPUT = click.Path(path_type=Path)

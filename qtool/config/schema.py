@@ -22,6 +22,7 @@ from qtool.config.options import (
     Pair,
     PositiveFloat,
     Shape,
+    Share,
     Widths,
     options_of,
 )
@@ -306,5 +307,10 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
         "pattern": r"^\d+(,\d+){2}$|^\d+(x\d+){2}$",
     },
     PositiveFloat: _positive,
+    Share: lambda kind: {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "exclusiveMaximum" if kind.below_one else "maximum": 1,
+    },
     ThresholdType: _threshold,
 }

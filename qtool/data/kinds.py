@@ -114,6 +114,19 @@ def folder_part(root: Path, split: str) -> Path:
     raise DataError(f"{root}: no {' or '.join(name + '/' for name in wanted)} for {split}; {there}")
 
 
+def has_training_split(path: Path | None, kind: str | None = None) -> bool:
+    """Whether the dataset brings training images of its own.
+
+    Raises:
+        ConfigError, DataError: as dataset_kind does.
+    """
+    kind = dataset_kind(path, kind)
+    if kind != "folder" or path is None:
+        return has_calibration_split(path, kind)
+    with readable(path):
+        return path.is_dir() and "train" in folder_parts(path)
+
+
 def has_calibration_split(path: Path | None, kind: str | None = None) -> bool:
     """Whether the dataset brings calibration images of its own, apart from those of the evaluation.
 

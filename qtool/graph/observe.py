@@ -9,12 +9,12 @@ output of a ReLU has the extremes of its input, limited.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,7 +26,7 @@ from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
-from qtool.observers.kernels import CACHED, Extremes, as_rows
+from qtool.observers.kernels import Extremes, as_rows
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums
 from qtool.observers.tensor import Chunk, Clamp, NotFinite, TensorObserver
@@ -51,7 +51,7 @@ class NonFiniteError(StatsError):
         self.where, self.image, self.cause = where, image, cause
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Watch:
     """One tensor that is observed.
 
@@ -60,34 +60,49 @@ class _Watch:
         node: whose values it has.
         seen: the node that gives them the shape in which they are observed.
         where: what is called where it is.
-        observer: what gathers its statistics, from its first chunk on.
-        axis: the axis of its images.
     """
 
     key: str
     node: fx.Node
     seen: fx.Node
     where: str
-    observer: TensorObserver | None = None
-    axis: int | None = 0
+
+
+@dataclass
+class _Share:
+    """What has been gathered from some of the chunks, which went through the network one after the other.
+
+    Args:
+        chunk: the one that is going through the network.
+        observers: by key, each from the first chunk of its tensor on.
+        axes: the axis of the images of each tensor, by key.
+    """
+
+    chunk: Chunk
+    observers: dict[str, TensorObserver] = field(default_factory=dict)
+    axes: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass
 class Observation:
-    """Which observer watches which tensor of a network, and the chunk that is going through it.
+    """Which observers watch which tensors of a network, and what they have gathered.
+
+    Chunks may go through the network at the same time, each in a thread of its own.
 
     Args:
         network: what runs.
         batchwise: `auto` finds the images' axis of each tensor, `on` takes axis 0; `off` as auto.
-        pivots: by key, for parts of a calibration that are to be merged.
+        pivots: by key, for parts of a calibration that are to be merged; those of the first chunk are
+            added, which goes through alone unless all are given.
     """
 
     network: Fast
     batchwise: str = "auto"
-    pivots: Mapping[str, float] = field(default_factory=dict)
-    chunk: Chunk | None = None
+    pivots: dict[str, float] = field(default_factory=dict)
     watches: dict[str, _Watch] = field(default_factory=dict)
-    _scratch: Tensor | None = None
+    _shares: list[_Share] = field(default_factory=list)
+    _idle: list[_Share] = field(default_factory=list)
+    _running: threading.local = field(default_factory=threading.local)
     _warned: set[str] = field(default_factory=set)
 
     def run(self, images: Tensor, number: int, first: int) -> Any:
@@ -96,18 +111,25 @@ class Observation:
         Raises:
             NonFiniteError: if a layer gives NaN or infinity.
         """
-        self.chunk = Chunk(number, first, len(images))
-        return self.network.traced(images)
+        chunk = Chunk(number, first, len(images))
+        if self._idle:
+            share = self._idle.pop()
+            share.chunk = chunk
+        else:
+            share = _Share(chunk)
+            self._shares.append(share)
+        self._running.share = share
+        try:
+            return self.network.traced(images)
+        finally:
+            self._idle.append(share)
 
     def sums(self) -> dict[str, TensorSums]:
         """What was gathered, by key, see key_of; nothing of what did not run."""
-        found = {key: w.observer.sums() for key, w in self.watches.items() if w.observer is not None}
-        return {name: sums for name, sums in found.items() if sums is not None}
-
-    def pivots_found(self) -> dict[str, float]:
-        """From which value deviations are measured, by key."""
-        watched = {key: w.observer for key, w in self.watches.items() if w.observer is not None}
-        return {name: o.pivot for name, o in watched.items() if o.pivot is not None}
+        return merged_sums(
+            {key: sums for key, o in share.observers.items() if (sums := o.sums()) is not None}
+            for share in self._shares
+        )
 
     def see(self, watch: _Watch, x: Tensor, clamped: _Watch | None = None) -> None:
         """Give one tensor of the present chunk to its observer.
@@ -118,42 +140,40 @@ class Observation:
             clamped: of what an activation function makes of it; that is written over x, while parts of
                 it are in the cache.
         """
-        assert self.chunk is not None
+        share: _Share = self._running.share
         values = x.detach().float()
-        if self._scratch is None or self._scratch.device != x.device:
-            self._scratch = torch.empty(CACHED, device=x.device)
-        observer, clamp = self._observer(watch, values), None
+        observer, clamp = self._observer(share, watch, values), None
         if clamped is not None:
             limits = INTERVALS[str(clamped.node.meta["op"])]
-            clamp = Clamp(*limits, self._observer(clamped, values))
+            clamp = Clamp(*limits, self._observer(share, clamped, values))
         try:
-            rows = as_rows(values, self.chunk.images, watch.axis, channel_axis(watch.seen))
-            observer.update(rows, self.chunk, self._scratch, self._known(watch), clamp)
+            axis = share.axes[watch.key]
+            rows = as_rows(values, share.chunk.images, axis, channel_axis(watch.seen))
+            observer.update(rows, share.chunk, self._known(share, watch), clamp)
         except NotFinite as error:
             raise NonFiniteError(watch.where, error.image, str(error)) from error
         except ValueError as error:
             raise StatsError(f"calibration: {watch.where}: {error}") from error
+        for seen in filter(None, (watch, clamped)):
+            pivot = share.observers[seen.key].pivot
+            assert pivot is not None
+            self.pivots.setdefault(seen.key, pivot)
         if clamp is not None and rows.values.data_ptr() != x.data_ptr():  # rows were a copy
             x.clamp_(clamp.low, clamp.high)
 
-    def _observer(self, watch: _Watch, x: Tensor) -> TensorObserver:
-        if watch.observer is None:
-            self._start(watch, x)
-        assert watch.observer is not None
-        return watch.observer
+    def _observer(self, share: _Share, watch: _Watch, x: Tensor) -> TensorObserver:
+        if watch.key not in share.observers:
+            axis = self._axis_of(share.chunk, watch, x)
+            shape = list(x.shape)
+            if axis is not None:
+                shape[axis] //= share.chunk.images
+            share.axes[watch.key] = axis
+            share.observers[watch.key] = TensorObserver(tuple(shape), self.pivots.get(watch.key))
+        return share.observers[watch.key]
 
-    def _start(self, watch: _Watch, x: Tensor) -> None:
-        assert self.chunk is not None
-        watch.axis = self._axis_of(watch, x)
-        shape = list(x.shape)
-        if watch.axis is not None:
-            shape[watch.axis] //= self.chunk.images
-        watch.observer = TensorObserver(tuple(shape), self.pivots.get(watch.key))
-
-    def _axis_of(self, watch: _Watch, x: Tensor) -> int | None:
+    def _axis_of(self, chunk: Chunk, watch: _Watch, x: Tensor) -> int | None:
         """The axis of the images; a tensor without one is a single row of each chunk."""
-        assert self.chunk is not None
-        images, example = self.chunk.images, tuple(watch.seen.meta["value"].shape)
+        images, example = chunk.images, tuple(watch.seen.meta["value"].shape)
         example_images = example_size(self.network.traced)
         by_rows = 0 if x.dim() and x.shape[0] % images == 0 else None
         if self.batchwise == "on" or images == example_images:
@@ -171,19 +191,19 @@ class Observation:
                 )  # fmt: skip
             return by_rows
 
-    def _known(self, watch: _Watch) -> Extremes | None:
+    def _known(self, share: _Share, watch: _Watch) -> Extremes | None:
         """The extremes of a ReLU's output, if those of its input are known and say enough."""
-        assert self.chunk is not None
         op = str(watch.node.meta["op"])
         limits = INTERVALS[op] if op in FUSIBLE else None
         sources = tensor_inputs(watch.node)
         if limits is None or len(sources) != 1 or self._is_capped(watch.node):
             return None
-        source = self.watches.get(key_of(sources[0], watch.node))
-        if source is None or source.observer is None or source.axis != watch.axis:
+        key = key_of(sources[0], watch.node)
+        source = share.observers.get(key)
+        if source is None or share.axes[key] != share.axes[watch.key]:
             return None
-        number, found = source.observer.latest or (None, None)
-        return found.clamped(*limits) if found is not None and number == self.chunk.number else None
+        number, found = source.latest or (None, None)
+        return found.clamped(*limits) if found is not None and number == share.chunk.number else None
 
     def _is_capped(self, node: fx.Node) -> bool:
         """Whether its limit differs between channels, which the extremes of an image do not tell apart."""
@@ -200,7 +220,7 @@ def observe(
         network: what runs, from fast.
         batchwise, pivots: see Observation.
     """
-    observation = Observation(network, batchwise, pivots or {})
+    observation = Observation(network, batchwise, dict(pivots or {}))
     handles: list[RemovableHandle] = []
     watches = observation.watches
     written_over = _written_over(network.traced)
@@ -241,6 +261,15 @@ def _written_over(traced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         for _, node, module in layers(traced)
         if isinstance(module, tuple(IN_PLACE.values())) and module.inplace
     }
+
+
+def merged_sums(parts: Iterable[dict[str, TensorSums]]) -> dict[str, TensorSums]:
+    """The sums of all chunks, out of those of some; a part that had none of a tensor has none."""
+    merged: dict[str, TensorSums] = {}
+    for part in parts:
+        for name, sums in part.items():
+            merged[name] = merged[name].merge(sums) if name in merged else sums
+    return merged
 
 
 def example_size(traced: fx.GraphModule) -> int:

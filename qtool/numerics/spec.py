@@ -198,6 +198,7 @@ class LayerSpec:
             integer computation.
         identity: replace the layer by nothing.
         keep_float_weight: whether the float weight stays beside the integers.
+        sum_once: whether an addition rounds its sum, and not each summand at the sum's scale.
     """
 
     weight: QuantSpec | None = None
@@ -220,6 +221,7 @@ class LayerSpec:
     fake: bool | None = None
     identity: bool = False
     keep_float_weight: bool = False
+    sum_once: bool = False
 
     @property
     def everywhere_bits(self) -> int | None:

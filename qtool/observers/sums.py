@@ -31,8 +31,8 @@ class TensorSums:
         chunks: (k,) int64, numbers of the chunks.
         deviation: (k,) float64, sum of x - pivot.
         squares: (k,) float64, sum of (x - pivot)^2.
-        above: (k,) float64, sum of max(x - pivot, 0).
-        histogram: of a sample of the elements.
+        absolute: (k,) float64, sum of |x - pivot| over the sampled elements.
+        histogram: of the sampled elements.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class TensorSums:
     chunks: NDArray[np.int64]
     deviation: NDArray[np.float64]
     squares: NDArray[np.float64]
-    above: NDArray[np.float64]
+    absolute: NDArray[np.float64]
     histogram: Histogram
 
     def merge(self, other: TensorSums) -> TensorSums:
@@ -80,7 +80,7 @@ class TensorSums:
             chunks=chunks[chunk_order],
             deviation=joined("deviation", chunk_order),
             squares=joined("squares", chunk_order),
-            above=joined("above", chunk_order),
+            absolute=joined("absolute", chunk_order),
             histogram=self.histogram.merge(other.histogram),
         )
 
@@ -94,7 +94,7 @@ class TensorSums:
         exponent, _, _ = bins_of_range(low, high)
         histogram = self.histogram.coarsened(max(exponent, self.histogram.exponent))
         deviation = math.fsum(self.deviation) / self.numel
-        b_at_pivot = 2 * math.fsum(self.above) / self.numel - deviation
+        b_at_pivot = math.fsum(self.absolute) / histogram.total
         mean = min(max(self.pivot + deviation, low), high)
         variance = math.fsum(self.squares) / self.numel - deviation**2
         b = histogram.mean_deviation_moved(b_at_pivot, self.pivot, mean)

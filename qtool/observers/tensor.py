@@ -1,10 +1,10 @@
 """The observer of one tensor: every statistic of it, in one pass over the images.
 
-Range, averages of the images' ranges, mean, standard deviation and mean absolute deviation are of
-all elements. The histogram is of a sample: of each chunk of images the same elements of every image, in
-blocks spread evenly over the tensor, at another offset in each chunk; tensors with up to SAMPLE elements
-an image are counted whole. Deviations are measured from a pivot, the mean of the first chunk, and
-moved to the final mean at the end: exactly for std, through the histogram for b.
+Range, averages of the images' ranges, mean and standard deviation are of all elements. The histogram and
+b, the mean absolute deviation, are of a sample: of each chunk of images the same elements of every image,
+in blocks spread evenly over the tensor and its channels, at another offset in each chunk; tensors with up
+to SAMPLE elements an image are taken whole. Deviations are measured from a pivot, the mean of the first
+chunk, and moved to the final mean at the end: exactly for std, through the histogram for b.
 
 A chunk's part in each statistic depends on the chunk alone, so the images can come in any batches, and
 the chunks from any process.
@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.numerics.histogram import MAX_BINS, Histogram, bins_of_range
-from qtool.observers.kernels import Extremes, Rows, mean_and_squares, rows_extremes, sum_above
+from qtool.observers.kernels import Extremes, Rows, mean_and_squares, rows_extremes
 from qtool.observers.sums import TensorSums
 
-# Elements of each image that the histogram counts, and how many of them lie side by side.
+# Elements of each image that are sampled, at least, and how many of them lie side by side.
 SAMPLE = 4096
 BLOCK = 16
+# Sampled elements that wait to be counted together.
+WAITING = 1 << 16
 # Elements of which all is computed before the next are touched, so that they are read from memory once.
 TOGETHER = 1 << 21
 
@@ -83,34 +85,27 @@ class TensorObserver:
     latest: tuple[int, Extremes] | None = None
     _numel: int = 0
     _images: list[tuple[int, NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=list)
-    _channel_min: Tensor | None = None
-    _channel_max: Tensor | None = None
+    _channel_min: NDArray[np.float32] | None = None
+    _channel_max: NDArray[np.float32] | None = None
     _chunks: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)
     _counts: RunningHistogram = field(default_factory=lambda: RunningHistogram())
 
     def update(
-        self,
-        rows: Rows,
-        chunk: Chunk,
-        scratch: Tensor,
-        known: Extremes | None = None,
-        clamp: Clamp | None = None,
+        self, rows: Rows, chunk: Chunk, known: Extremes | None = None, clamp: Clamp | None = None
     ) -> None:
         """Take in a chunk.
 
         Args:
             rows: its values, float32; those of each image, or a single row of a tensor without images.
             chunk: which images these are.
-            scratch: (CACHED,) float32, overwritten.
             known: the extremes, where they follow from those of another tensor.
             clamp: written over the values once they are taken in, and observed too.
 
         Raises:
             NotFinite: if it holds NaN or infinity.
         """
-        x = rows.values
-        sample = _sample(x.reshape(rows.images, -1), chunk.number)
-        sums, clamped_sums = np.zeros(3), np.zeros(3)
+        sample = _sample(rows, chunk.number)
+        sums, clamped_sums = np.zeros(2), np.zeros(2)
         lows: list[Tensor] = []
         highs: list[Tensor] = []
         for part in rows.parts(TOGETHER):
@@ -119,22 +114,31 @@ class TensorObserver:
                 lows.append(low)
                 highs.append(high)
             flat = part.reshape(-1)
-            sums += self._deviations(flat, scratch)
+            sums += self._deviations(flat)
             if clamp is not None:
-                clamped_sums += clamp.observer._deviations(flat.clamp_(clamp.low, clamp.high), scratch)
+                clamped_sums += clamp.observer._deviations(flat.clamp_(clamp.low, clamp.high))
         whole = known or Extremes.of_parts(lows, highs, rows.images)
         if not np.isfinite(sums).all():
-            _refuse_infinite(whole, self._first_of(rows, chunk))
+            _refuse_infinite(whole, chunk.first)
         self._take_in(rows, chunk, whole, sums, sample)
         if clamp is not None:
             limits = clamp.low, clamp.high
-            clamp.observer._take_in(rows, chunk, whole.clamped(*limits), clamped_sums, sample.clamp(*limits))
+            clamp.observer._take_in(
+                rows, chunk, whole.clamped(*limits), clamped_sums, np.clip(sample, *limits)
+            )
 
     def _take_in(
-        self, rows: Rows, chunk: Chunk, whole: Extremes, sums: NDArray[np.float64], sample: Tensor
+        self,
+        rows: Rows,
+        chunk: Chunk,
+        whole: Extremes,
+        sums: NDArray[np.float64],
+        sample: NDArray[np.float32],
     ) -> None:
         self._numel += rows.values.numel()
-        self._note_images(chunk.number, self._first_of(rows, chunk), whole, sums)
+        assert self.pivot is not None
+        absolute = _absolute(sample, self.pivot)
+        self._note_images(chunk.number, self._first_of(rows, chunk), whole, np.append(sums, absolute))
         self._note_channels(whole)
         self.latest = (chunk.number, whole)
         self._counts.update(sample, whole)
@@ -144,27 +148,26 @@ class TensorObserver:
         """The number of the first image; of the chunk, where images are not told apart."""
         return chunk.first if rows.images == chunk.images else chunk.number
 
-    def _deviations(self, x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
-        """Sums of x - pivot, of its square, and of its positive part; x is (K,)."""
+    def _deviations(self, x: Tensor) -> tuple[float, float]:
+        """Sums of x - pivot, and of its square; x is (K,)."""
         mean, squares = mean_and_squares(x)
         if not math.isfinite(squares):
             return self._deviations_in_float64(x)
         if self.pivot is None:
             self.pivot = mean
         shift = mean - self.pivot
-        return len(x) * shift, squares + len(x) * shift**2, sum_above(x, self.pivot, scratch)
+        return len(x) * shift, squares + len(x) * shift**2
 
-    def _deviations_in_float64(self, x: Tensor) -> tuple[float, float, float]:
+    def _deviations_in_float64(self, x: Tensor) -> tuple[float, float]:
         """The same of values whose squares are beyond float32; not finite if x is not."""
         wide = x.double()
         if self.pivot is None:
             self.pivot = float(wide.mean())
         off = wide - self.pivot
-        return float(off.sum()), float(off.square().sum()), float(off.clamp(min=0).sum())
+        return float(off.sum()), float(off.square().sum())
 
     def _note_images(self, number: int, first: int, found: Extremes, sums: NDArray[np.float64]) -> None:
-        # Arrays of their own take less memory than tensors do.
-        low, high = found.image_min.numpy().copy(), found.image_max.numpy().copy()
+        low, high = found.image_min, found.image_max
         if self._chunks and self._chunks[-1][0] == number:  # the layer was called again, as in a loop
             _, earlier_low, earlier_high = self._images.pop()
             low, high = np.minimum(low, earlier_low), np.maximum(high, earlier_high)
@@ -173,35 +176,35 @@ class TensorObserver:
         self._chunks.append((number, sums))
 
     def _note_channels(self, found: Extremes) -> None:
-        if self._channel_min is None or self._channel_max is None:
-            self._channel_min, self._channel_max = found.channel_min.clone(), found.channel_max.clone()
-            return
         low, high = found.channel_min, found.channel_max
+        if self._channel_min is None or self._channel_max is None:
+            self._channel_min, self._channel_max = low.copy(), high.copy()
+            return
         if len(low) != len(self._channel_min):  # sequences of several lengths: these are no channels
-            low, high = low.min().reshape(1), high.max().reshape(1)
-            self._channel_min = self._channel_min.min().reshape(1)
-            self._channel_max = self._channel_max.max().reshape(1)
-        torch.minimum(self._channel_min, low, out=self._channel_min)
-        torch.maximum(self._channel_max, high, out=self._channel_max)
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+            self._channel_min = self._channel_min.min(keepdims=True)
+            self._channel_max = self._channel_max.max(keepdims=True)
+        np.minimum(self._channel_min, low, out=self._channel_min)
+        np.maximum(self._channel_max, high, out=self._channel_max)
 
     def sums(self) -> TensorSums | None:
         """What has come so far, or None if nothing has."""
         if self.pivot is None or self._channel_min is None or self._channel_max is None:
             return None
-        deviation, squares, above = np.array([sums for _, sums in self._chunks]).T
+        deviation, squares, absolute = np.array([sums for _, sums in self._chunks]).T
         return TensorSums(
             shape=self.shape,
             numel=self._numel,
             images=np.concatenate([first + np.arange(len(low)) for first, low, _ in self._images]),
             image_min=np.concatenate([low for _, low, _ in self._images]),
             image_max=np.concatenate([high for _, _, high in self._images]),
-            channel_min=self._channel_min.numpy(),
-            channel_max=self._channel_max.numpy(),
+            channel_min=self._channel_min,
+            channel_max=self._channel_max,
             pivot=self.pivot,
             chunks=np.array([number for number, _ in self._chunks]),
             deviation=deviation,
             squares=squares,
-            above=above,
+            absolute=absolute,
             histogram=self._counts.histogram(),
         )
 
@@ -213,15 +216,26 @@ class RunningHistogram:
         self._low, self._high = math.inf, -math.inf
         self._exponent, self._first = 0, 0
         self._counts = torch.zeros(0, dtype=torch.int64)
+        self._waiting: list[NDArray[np.float32]] = []
 
-    def update(self, x: Tensor, found: Extremes) -> None:
-        """Count the values of x, (K,) float32, a part of a chunk with the extremes found."""
+    def update(self, x: NDArray[np.float32], found: Extremes) -> None:
+        """Count the values of x, (K,), a part of a chunk with the extremes found."""
         low, high = float(found.channel_min.min()), float(found.channel_max.max())
         if low < self._low or high > self._high:
+            self._count()
             self._widen(low, high)
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= WAITING:
+            self._count()
+
+    def _count(self) -> None:
+        if not self._waiting:
+            return
+        x = torch.from_numpy(np.concatenate(self._waiting))
+        self._waiting.clear()
         # Bin numbers are exact in float32, and few enough for the smallest type that bincount takes quickly.
-        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
-        self._counts += torch.bincount(index, minlength=len(self._counts)).cpu()
+        index = x.mul_(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
+        self._counts += torch.bincount(index, minlength=len(self._counts))
 
     def _widen(self, low: float, high: float) -> None:
         before = self.histogram() if len(self._counts) else None
@@ -235,25 +249,38 @@ class RunningHistogram:
 
     def histogram(self) -> Histogram:
         """The counts so far, without empty bins at the ends."""
+        self._count()
         counts = self._counts.numpy()
         filled = np.flatnonzero(counts)
         first, last = int(filled[0]), int(filled[-1])
         return Histogram(self._exponent, self._first + first, counts[first : last + 1].copy())
 
 
-def _sample(x: Tensor, number: int) -> Tensor:
-    """The elements of a chunk that are counted: (N, K) to (samples,)."""
-    blocks = x.shape[1] // BLOCK
+def _sample(rows: Rows, number: int) -> NDArray[np.float32]:
+    """The elements of a chunk that are sampled, (samples,), in memory of their own."""
+    x = rows.values.reshape(rows.images, -1)  # (N, K)
     if x.shape[1] <= SAMPLE:
-        return x.reshape(-1)
-    wanted = SAMPLE // BLOCK
-    stride = blocks // wanted
+        return x.flatten().cpu().numpy().copy()
+    blocks = x.shape[1] // BLOCK
+    stride, side = blocks * BLOCK // SAMPLE, rows.values.shape[2]
+    # With a divisor in common, only some of the channels that lie side by side would ever be met.
+    while side % BLOCK == 0 and math.gcd(stride, side // BLOCK) > 1:
+        stride -= 1
     # An odd step through the offsets meets each of them before any comes again, if stride is a power of 2.
-    offset = number * 7919 % stride
-    return x[:, : blocks * BLOCK].view(len(x), blocks, BLOCK)[:, offset::stride][:, :wanted].reshape(-1)
+    offset, count = number * 7919 % stride, blocks // stride
+    sampled = x[:, : blocks * BLOCK].view(len(x), blocks, BLOCK)[:, offset::stride][:, :count]
+    return sampled.clone(memory_format=torch.contiguous_format).reshape(-1).cpu().numpy()
+
+
+def _absolute(x: NDArray[np.float32], pivot: float) -> float:
+    """Sum of |x - pivot|; x is (K,)."""
+    with np.errstate(over="ignore"):
+        off = x - np.float32(pivot)
+        total = float(np.abs(off, out=off).sum())
+    return total if math.isfinite(total) else float(np.abs(x - np.float64(pivot)).sum())
 
 
 def _refuse_infinite(found: Extremes, first: int) -> None:
-    finite = torch.isfinite(found.image_min) & torch.isfinite(found.image_max)
-    if not bool(finite.all()):
-        raise NotFinite(first + int((~finite).nonzero()[0]))
+    finite = np.isfinite(found.image_min) & np.isfinite(found.image_max)
+    if not finite.all():
+        raise NotFinite(first + int(np.flatnonzero(~finite)[0]))

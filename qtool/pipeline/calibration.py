@@ -2,7 +2,10 @@
 
 The images go through in chunks whose size depends on the size of an image alone. A chunk's part in the
 statistics is the same wherever and whenever it is computed, so neither the size of the batches that
-the images come in nor the number of processes changes a byte of the result.
+the images come in nor the number of threads and processes changes a byte of the result.
+
+On the CPU several chunks are on their way at once, each on a share of the threads: what is computed for a
+tensor takes so little time that threads which share it would wait for each other most of it.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
-from qtool.graph.control import UncapturedPath
+from qtool.graph.control import UncapturedPath, has_decisions
 from qtool.graph.fast import Fast, fast
-from qtool.graph.observe import model_stats, observe
+from qtool.graph.observe import merged_sums, model_stats, observe
 from qtool.graph.trace import float_tensors
 from qtool.observers.stats import ModelStats
-from qtool.observers.sums import TensorSums
 from qtool.pipeline.ranks import ALONE, Ranks
+from qtool.pipeline.threads import run_in_threads
 
 LOG = logging.getLogger("qtool")
 
@@ -29,6 +32,8 @@ LOG = logging.getLogger("qtool")
 # way through 1 x 1 convolutions when it has one thread; activations of more do not stay in the cache.
 CHUNK_ELEMENTS = 16 * 3 * 224 * 224
 MAX_CHUNK = 128
+# Chunks that are on their way at once, at most: each takes memory for the largest activations.
+TOGETHER = 4
 # How far the fast form of the network may be from the network, relative to the largest output.
 FAST_TOLERANCE = 1e-3
 
@@ -97,23 +102,19 @@ def measure(
         network = fast_or_plain(traced)
         pivots = None if ranks.first else ranks.from_first(None)
         with observe(network, batchwise, pivots) as observation:
+
+            def run(number: int, images: Tensor) -> None:
+                with torch.no_grad():  # which is a thread's own setting
+                    observation.run(_as_input(images, device), number, number * size)
+
             if ranks.first:
                 # The others measure deviations from the same values.
                 for number, images in itertools.islice(chunks_left, 1):
-                    observation.run(_as_input(images, device), number, number * size)
-                ranks.from_first(observation.pivots_found())
-            for number, images in chunks_left:
-                observation.run(_as_input(images, device), number, number * size)
-            return model_stats(network, _merged(ranks.gather(observation.sums())), group)
-
-
-def _merged(parts: list[dict[str, TensorSums]]) -> dict[str, TensorSums]:
-    """The sums of all processes; one that had no images has none."""
-    merged: dict[str, TensorSums] = {}
-    for part in parts:
-        for name, sums in part.items():
-            merged[name] = merged[name].merge(sums) if name in merged else sums
-    return merged
+                    run(number, images)
+                ranks.from_first(observation.pivots)
+            together = 1 if has_decisions(traced.graph) or torch.device(device).type != "cpu" else TOGETHER
+            run_in_threads(run, chunks_left, together)
+            return model_stats(network, merged_sums(ranks.gather(observation.sums())), group)
 
 
 def _as_input(images: Tensor, device: str | torch.device) -> Tensor:

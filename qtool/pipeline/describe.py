@@ -48,6 +48,8 @@ def _layer_params(layer: LayerPlan, spec: LayerSpec | None) -> dict[str, Any]:
             found["scale_approx_everywhere"] = layer.everywhere_bits is not None
         if layer.accum_scale is not None:
             found["accum_scale"] = _number_or_list(layer.accum_scale)
+    if layer.sum_once:
+        found["add_rounding"] = "sum"
     fresh = {i: _grid(q) for i, q in enumerate(layer.inputs) if q is not None}
     found |= {"inputs": fresh} if fresh else {}
     found |= {"output": _grid(layer.output)} if layer.output is not None else {}

@@ -268,7 +268,7 @@ def open_evaluation(config: Config, subject: Subject) -> Images:
             f"DATA: {subject.arch} needs images; name a folder or file, "
             f"as in 'qtool quantize -a {subject.arch} DATA'"
         )
-    dataset = _open(config, data.path, data.dataset, data.split or "evaluation", subject, data.classes)
+    dataset = open_images(config, data.path, data.dataset, data.split or "evaluation", subject, data.classes)
     check_outputs(dataset, subject.num_outputs())
     indices = list(range(len(dataset)))
     if data.effective_test_size < 1:
@@ -293,14 +293,14 @@ def open_calibration(config: Config, subject: Subject, evaluation: Images | None
     fraction, samples = asked.fraction, asked.calib_samples
     from_evaluation = False
     if asked.calib_data is not None:
-        dataset = _open(
+        dataset = open_images(
             config, asked.calib_data, None, asked.calib_split or _part(asked.calib_data, None), subject,
-            asked.calib_classes or _classes_for(asked.calib_data, data.classes),
+            asked.calib_classes or classes_for(asked.calib_data, data.classes),
         )  # fmt: skip
     elif asked.calib_split is not None:
-        dataset = _open(config, data.path, data.dataset, asked.calib_split, subject, data.classes)
+        dataset = open_images(config, data.path, data.dataset, asked.calib_split, subject, data.classes)
     elif fraction is None and has_calibration_split(data.path, data.dataset):
-        dataset = _open(config, data.path, data.dataset, "calibration", subject, data.classes)
+        dataset = open_images(config, data.path, data.dataset, "calibration", subject, data.classes)
     else:
         dataset = (evaluation or open_evaluation(config, subject)).dataset
         from_evaluation = True
@@ -334,14 +334,15 @@ def _part(path: Path, kind: str | None) -> str:
     return "calibration" if has_calibration_split(path, kind) else "evaluation"
 
 
-def _classes_for(path: Path, classes: Path | None) -> Path | None:
+def classes_for(path: Path, classes: Path | None) -> Path | None:
     """The class list of DATA serves a calibration folder too; other kinds have none."""
     return classes if dataset_kind(path, None) == "folder" else None
 
 
-def _open(
+def open_images(
     config: Config, path: Path | None, kind: str | None, split: str, subject: Subject, classes: Path | None
 ) -> ImageDataset:
+    """One part of a dataset, for a network; arguments as for data.datasets.open_dataset."""
     return open_dataset(
         path,
         kind,

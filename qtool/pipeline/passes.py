@@ -44,11 +44,11 @@ def measure_stats(
         )
     size = config.data.batch_size if decides else chunk_size(tuple(value.shape[1:]))
     loader = images.loader(config, size, ranks)
-    present: list[Batch] = []
+    seen: dict[int, Tensor] = {}
 
     def stream() -> Iterator[tuple[int, Tensor]]:
         for batch in _shown(config, loader, "calibrating", ranks):
-            present[:] = [batch]
+            seen[batch.number] = batch.indices
             yield batch.number, batch.images
 
     device = config.run.chosen_device
@@ -61,8 +61,8 @@ def measure_stats(
                 device=device, batchwise=asked, group=group, ranks=ranks,
             )  # fmt: skip
         except NonFiniteError as error:
-            (batch,) = present
-            path = images.dataset.path_of(int(batch.indices[error.image - batch.number * size]))
+            number, position = divmod(error.image, size)
+            path = images.dataset.path_of(int(seen[number][position]))
             raise StatsError(
                 f"calibration: {error.where} holds {error.cause}, first for {path}; "
                 "check the weights and the image"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from qtool.config import Config
+from qtool.graph.fold import Folded
 from qtool.numerics.spec import LayerSpec
 from qtool.pipeline import steps
 from qtool.pipeline.conversion import with_reduced_ranges
@@ -53,12 +54,14 @@ class Quantized:
         specs: what was asked of each layer.
         record: what results.json says.
         searched: what LAPQ found; None without LAPQ.
+        folded: the float network that was quantized, where corrections have changed it.
     """
 
     model: QuantizedModel
     specs: Mapping[str, LayerSpec]
     record: dict[str, Any] = field(default_factory=dict)
     searched: Searched | None = None
+    folded: Folded | None = None
 
 
 def open_quantization(
@@ -108,4 +111,4 @@ def _with_corrections(config: Config, asked: Quantization, folder: Path) -> Quan
     if calibration:
         save_stats(corrected.stats, folder / STATS_FILE)
     record = {"calibration": calibration | asked.ranges.record, "corrections": corrected.record}
-    return Quantized(corrected.model, corrected.specs, record)
+    return Quantized(corrected.model, corrected.specs, record, folded=corrected.folded)

@@ -31,7 +31,7 @@ from qtool.numerics.metrics import top_k_correct
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.calibration import chunk_size, chunks, measure
-from qtool.pipeline.first_last import with_first_last_bits
+from qtool.pipeline.first_last import with_first_last_bits, with_float_output
 from qtool.pipeline.logits import logits_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
@@ -125,9 +125,10 @@ def specs_for(traced: fx.GraphModule, config: QuantizeConfig) -> dict[str, Layer
     """
     names = [name for name, _, _ in traced_layers(traced)]
     specs = layer_specs(config, names)
-    if config.first_last_bits is None:
-        return specs
-    return with_first_last_bits(traced, specs, config.first_last_bits, own_settings(config, names))
+    own = own_settings(config, names)
+    if config.first_last_bits is not None:
+        specs = with_first_last_bits(traced, specs, config.first_last_bits, own)
+    return with_float_output(traced, specs, own) if config.float_output else specs
 
 
 def evaluate(

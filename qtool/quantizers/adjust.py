@@ -12,6 +12,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -34,19 +35,25 @@ from qtool.quantizers.prepare import build, build_layer
 from qtool.quantizers.weights import weight_integers
 
 NewGrids = Mapping[str, QParams]
-_NONE: NewGrids = MappingProxyType({})
+NewInputs = Mapping[tuple[str, int], QParams]
+_NONE: Mapping[Any, QParams] = MappingProxyType({})
 
 
 def adjusted(
-    traced: fx.GraphModule, plan: ModelPlan, weights: NewGrids = _NONE, outputs: NewGrids = _NONE
+    traced: fx.GraphModule,
+    plan: ModelPlan,
+    weights: NewGrids = _NONE,
+    outputs: NewGrids = _NONE,
+    inputs: NewInputs = _NONE,
 ) -> ModelPlan:
-    """The plan with other grids for some weights and outputs, and all that follows from them.
+    """The plan with other grids for some weights, outputs and inputs, and all that follows from them.
 
     Args:
         traced: the float network, batch norms folded.
         plan: of the same network.
         weights: the new grids of weights, by layer; that of an embedding is its output's too.
         outputs: the new grids of outputs, by layer.
+        inputs: the new grids of inputs that arrive in float, by layer and number of the input.
 
     Returns:
         The plan that plan_model makes for these grids. Layers that nothing changes for keep their
@@ -56,6 +63,7 @@ def adjusted(
         ValueError: if a layer has no such grid, or one of other bits or of another mode.
     """
     _check(plan, weights, outputs)
+    _check_inputs(plan, inputs)
     before = value_grids(traced, plan.layers)
     modules = {name: module for name, _, module in layers(traced)}
     grids: dict[fx.Node, QParams | None] = {}
@@ -64,6 +72,10 @@ def adjusted(
         name = node.meta.get("layer")
         if name is not None:
             moved = any(grids[source] is not before[source] for source in tensor_inputs(node))
+            fresh = found[name].inputs
+            own = tuple(inputs.get((name, index), grid) for index, grid in enumerate(fresh))
+            if any(new is not old for new, old in zip(own, fresh, strict=True)):
+                found[name], moved = replace(found[name], inputs=own), True
             if moved or name in weights or name in outputs:
                 new = _with_own_grids(found[name], modules[name], weights.get(name), outputs.get(name))
                 found[name] = _following(new, node, modules[name], grids)
@@ -110,6 +122,14 @@ def _check(plan: ModelPlan, weights: NewGrids, outputs: NewGrids) -> None:
                     f"the {what} of layer {name!r} is on a grid of {held.spec}, found one of {new.spec}; "
                     "other bits or modes need a new plan"
                 )
+
+
+def _check_inputs(plan: ModelPlan, inputs: NewInputs) -> None:
+    for (name, index), new in inputs.items():
+        fresh = plan.layers[name].inputs if name in plan.layers else ()
+        held = fresh[index] if index < len(fresh) else None
+        if held is None or held.spec != new.spec:
+            raise ValueError(f"input {index} of layer {name!r} is not put on a grid of {new.spec}")
 
 
 def changed_modules(

@@ -312,6 +312,22 @@ class QuantAdd(_Rescaling):
         return self.clamp.apply_(total)
 
 
+class QuantAddOnce(QuantAdd):
+    """The sum of two or more quantized tensors, rounded once, as kernels do."""
+
+    def rescale(self, inputs: Sequence[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        """The inputs in steps of the output; the first of them in out."""
+        places = [out, *[None] * (len(inputs) - 1)]
+        return [torch.mul(x, r, out=o) for x, r, o in zip(inputs, self.ratios, places, strict=True)]
+
+    def _sum(self, inputs: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        total, *others = self.rescale(inputs, out)
+        for other in others:
+            total = total.add_(other) if total.shape == other.shape else total + other
+        total = total.round_()
+        return self.clamp.apply_(clamp_accumulator(total, self.accum_bits) if self.saturates else total)
+
+
 class QuantCat(_Rescaling):
     """The concatenation of quantized tensors."""
 

@@ -26,6 +26,7 @@ from qtool.quantizers.modules import (
     Dequantize,
     FakeQuantize,
     QuantAdd,
+    QuantAddOnce,
     QuantCat,
     QuantEmbedding,
     Quantize,
@@ -257,7 +258,8 @@ def _build_integer(module: nn.Module, plan: LayerPlan, inputs: list[QParams], no
     assert plan.output is not None and plan.accum_scale is not None
     limit = plan.activation_limit
     if plan.op == "add":
-        return QuantAdd(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits, limit)
+        add = QuantAddOnce if plan.sum_once else QuantAdd
+        return add(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits, limit)
     if plan.op == "cat":
         return QuantCat(inputs, plan.output, plan.activation, plan.accum_bits, plan.everywhere_bits, limit)
     num_dims = node.meta["value"].dim()

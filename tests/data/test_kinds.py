@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qtool.data.kinds import dataset_kind, folder_part, has_calibration_split, torchvision_root
+from qtool.data.kinds import (
+    dataset_kind,
+    folder_part,
+    has_calibration_split,
+    has_training_split,
+    torchvision_root,
+)
 from qtool.errors import ConfigError, DataError
 
 
@@ -126,3 +132,13 @@ def test_only_digits_calibrate_without_a_path(tmp_path):
     assert not has_calibration_split(None, "npz")
     assert not has_calibration_split(tmp_path / "a.npz")
     assert not has_calibration_split(tmp_path / "a.npz", "folder")
+
+
+@pytest.mark.parametrize(
+    ("parts", "own"), [(["train", "val"], True), (["calibration", "val"], False), ([], False)]
+)
+def test_a_folder_has_training_images_where_it_has_that_part(tmp_path, parts, own):
+    for part in parts or ["."]:
+        (tmp_path / part / "cat").mkdir(parents=True)
+    assert has_training_split(tmp_path) is own
+    assert has_training_split(None) and not has_training_split(tmp_path / "a.npz", "npz")

@@ -85,6 +85,15 @@ def test_each_call_of_a_reused_module_has_its_own_record():
     assert stats.output("relu2").max == 1
 
 
+def test_a_vector_that_an_activation_writes_over_has_its_own_range():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.randn(16, 4)
+    stats, y = measured(net, [x]), net[0](x).detach()
+    assert stats.output("0").min == pytest.approx(float(y.min()), rel=1e-6) and float(y.min()) < 0
+    assert stats.output("0").mean == pytest.approx(float(y.mean()), rel=1e-5)
+    assert stats.output("1").min == 0
+
+
 @pytest.mark.parametrize("images", [4, 5])
 def test_a_part_of_a_tensor_in_another_shape_has_the_averages_of_its_images(images, caplog):
     class Channels(nn.Module):

@@ -1,18 +1,17 @@
 """Fast reductions against plain ones, in every layout."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.observers.kernels import (
-    CACHED,
     WIDE,
     Extremes,
     as_rows,
     mean_and_squares,
     rows_extremes,
-    sum_above,
 )
 
 
@@ -34,10 +33,10 @@ def test_extremes_are_those_of_images_and_channels(shape, seed, data):
         x = x.contiguous(memory_format=torch.channels_last)
     found = extremes(as_rows(x, shape[batch], batch, channel))
     by_image, by_channel = x.movedim(batch, 0).flatten(1), x.movedim(channel, 0).flatten(1)
-    assert torch.equal(found.image_min, by_image.amin(1))
-    assert torch.equal(found.image_max, by_image.amax(1))
-    assert torch.equal(found.channel_min, by_channel.amin(1))
-    assert torch.equal(found.channel_max, by_channel.amax(1))
+    np.testing.assert_array_equal(found.image_min, by_image.amin(1))
+    np.testing.assert_array_equal(found.image_max, by_image.amax(1))
+    np.testing.assert_array_equal(found.channel_min, by_channel.amin(1))
+    np.testing.assert_array_equal(found.channel_max, by_channel.amax(1))
 
 
 @pytest.mark.parametrize("channels", [3, 16, 24, 33, 64])
@@ -45,22 +44,22 @@ def test_rows_that_do_not_fill_a_vector_are_reduced_too(channels):
     x = torch.randn(2, channels, 13, 11, generator=torch.Generator().manual_seed(0))
     rows = as_rows(x.contiguous(memory_format=torch.channels_last), 2, 0, 1)
     assert rows.channels_last
-    assert torch.equal(extremes(rows).channel_max, x.amax((0, 2, 3)))
+    np.testing.assert_array_equal(extremes(rows).channel_max, x.amax((0, 2, 3)))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_windows_belong_to_their_image(layout):
     windows = torch.randn(2 * 4, 6, 5, 5).contiguous(memory_format=layout)
     found = extremes(as_rows(windows, 2, 0, 1))
-    assert torch.equal(found.image_max, windows.reshape(2, -1).amax(1))
-    assert torch.equal(found.channel_max, windows.amax((0, 2, 3)))
+    np.testing.assert_array_equal(found.image_max, windows.reshape(2, -1).amax(1))
+    np.testing.assert_array_equal(found.channel_max, windows.amax((0, 2, 3)))
 
 
 def test_a_tensor_without_images_is_one_row():
     x = torch.randn(3, 4)
     found = extremes(as_rows(x, 7, None, 1))
     assert found.image_min.tolist() == [float(x.min())]
-    assert torch.equal(found.channel_min, x.amin(0))
+    np.testing.assert_array_equal(found.channel_min, x.amin(0))
 
 
 def test_a_scalar_and_a_vector_have_extremes():
@@ -73,7 +72,7 @@ def test_nan_in_an_image_shows_in_its_extremes(channels_last):
     x = torch.zeros(3, 32, 4, 4)
     x[1, 2, 3, 0] = torch.nan
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    assert extremes(as_rows(x, 3, 0, 1)).image_max.isnan().tolist() == [False, True, False]
+    assert np.isnan(extremes(as_rows(x, 3, 0, 1)).image_max).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +91,8 @@ def test_a_large_image_is_cut_into_equal_parts():
     parts = rows.parts(100)
     assert [tuple(part.shape) for part in parts] == [(1, 12, 7)] * 8
     found = Extremes.of_parts(*zip(*(rows_extremes(p, True) for p in parts), strict=True), images=2)
-    assert torch.equal(found.image_max, x.flatten(1).amax(1))
-    assert torch.equal(found.channel_min, x.amin((0, 2, 3)))
+    np.testing.assert_array_equal(found.image_max, x.flatten(1).amax(1))
+    np.testing.assert_array_equal(found.channel_min, x.amin((0, 2, 3)))
 
 
 @pytest.mark.parametrize("count", [1, 100, WIDE, 3 * WIDE + 17, 2**20])
@@ -104,10 +103,3 @@ def test_mean_and_squares_are_those_of_float64(count, shift):
     wide = x.double()
     assert mean == pytest.approx(float(wide.mean()), abs=1e-6 * (1 + shift))
     assert squares == pytest.approx(float((wide - wide.mean()).square().sum()), rel=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 100, CACHED, 2 * CACHED + 3])
-def test_sum_above_is_that_of_float64(count):
-    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    found = sum_above(x, 0.25, torch.empty(CACHED))
-    assert found == pytest.approx(float((x.double() - 0.25).clamp(min=0).sum()), rel=1e-6, abs=1e-6)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.observers.kernels import CACHED, as_rows
+from qtool.observers.kernels import as_rows
 from qtool.observers.stats import ActivationStats
 from qtool.observers.tensor import Chunk, TensorObserver
 
@@ -14,9 +14,7 @@ from qtool.observers.tensor import Chunk, TensorObserver
 def observe(x: torch.Tensor) -> ActivationStats:
     observer = TensorObserver((1, *x.shape[1:]))
     for number, part in enumerate(x.split(4)):
-        observer.update(
-            as_rows(part, len(part), 0, 1), Chunk(number, 4 * number, len(part)), torch.empty(CACHED)
-        )
+        observer.update(as_rows(part, len(part), 0, 1), Chunk(number, 4 * number, len(part)))
     return observer.sums().stats()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.observers.kernels import CACHED, WIDE, as_rows
+from qtool.observers.kernels import WIDE, as_rows
 from qtool.observers.stats import ActivationStats
 from qtool.observers.sums import TensorSums
 from qtool.observers.tensor import SAMPLE, TOGETHER, Chunk, NotFinite, TensorObserver
@@ -18,12 +18,11 @@ def sums(
 ) -> TensorSums:
     """What an observer gathers of (size, ...) tensors that are chunks number start, start + step, ..."""
     observer = TensorObserver((1, *chunks[0].shape[1:]), pivot)
-    scratch = torch.empty(CACHED)
     size = size or len(chunks[0])
     for index, x in enumerate(chunks):
         number = start + index * step
         rows = as_rows(x.float(), len(x), 0, min(1, x.dim() - 1))
-        observer.update(rows, Chunk(number, number * size, len(x)), scratch)
+        observer.update(rows, Chunk(number, number * size, len(x)))
     found = observer.sums()
     assert found is not None
     return found
@@ -82,18 +81,27 @@ def test_b_is_as_near_to_its_two_pass_value_as_the_bound_says(count, elements, d
     assert abs(stats.b - two_pass) <= bound + 1e-6
 
 
-def test_b_of_a_sampled_tensor_is_within_its_bound():
+def test_b_of_a_sampled_tensor_is_near_its_two_pass_value():
     x = torch.randn(64, 3, 100, 100, generator=torch.Generator().manual_seed(0)).abs()
     x *= torch.linspace(0.5, 2, 64).reshape(-1, 1, 1, 1)  # the first chunk's mean is half the mean
     found = sums(list(x.split(8)))
     stats = found.stats()
-    assert stats.histogram.total == 64 * SAMPLE
+    assert 64 * SAMPLE <= stats.histogram.total < 64 * SAMPLE * 1.1
     between = torch.linspace(found.pivot, stats.mean, 100)
     off = max(abs(stats.histogram.cdf(float(t)) - float((x < t).double().mean())) for t in between)
     wanted = float((x.double() - x.double().mean()).abs().mean())
-    assert abs(stats.b - wanted) <= 2 * abs(stats.mean - found.pivot) * off + 1e-6
+    # The standard error of a mean of so many deviations is 0.1 % of b.
+    assert abs(stats.b - wanted) <= 0.004 * wanted
     assert off < 0.005
     assert float(stats.histogram.quantile(0.99)) == pytest.approx(float(np.quantile(x, 0.99)), rel=0.02)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 96, 160, 480])
+def test_a_sample_has_all_channels_that_lie_side_by_side(channels):
+    x = torch.arange(channels).repeat(2, 56, 56, 1).float().movedim(-1, 1)
+    counts = sums([x]).stats().histogram.counts
+    assert len(counts[counts > 0]) == channels
+    assert counts[counts > 0].min() > 0.6 * counts.max()
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**31))
@@ -144,9 +152,9 @@ def test_single_values_take_the_range_over_the_images():
 
 
 def test_a_layer_that_is_called_twice_for_the_same_images_has_one_range_of_each():
-    observer, scratch = TensorObserver((1, 2)), torch.empty(CACHED)
+    observer = TensorObserver((1, 2))
     for values in ([[1.0, 2.0], [3.0, 4.0]], [[-1.0, 0.0], [3.0, 9.0]]):
-        observer.update(as_rows(torch.tensor(values), 2, 0, 1), Chunk(0, 0, 2), scratch)
+        observer.update(as_rows(torch.tensor(values), 2, 0, 1), Chunk(0, 0, 2))
     stats = observer.sums().stats()
     assert (stats.image_min.tolist(), stats.image_max.tolist()) == ([-1.0, 3.0], [2.0, 9.0])
     assert (stats.mean, stats.total_numel) == (21 / 8, 8)
@@ -171,6 +179,13 @@ def test_the_first_image_whose_values_are_not_finite_is_named(bad):
     with pytest.raises(NotFinite, match="NaN or infinity") as caught:
         sums([images(5, 3, seed=1), x])
     assert caught.value.image == 8
+
+
+def test_what_is_not_finite_and_has_no_images_is_of_the_first_image_of_its_chunk():
+    observer, x = TensorObserver((2, 2)), torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    with pytest.raises(NotFinite) as caught:
+        observer.update(as_rows(x, 8, None, 1), Chunk(3, 24, 8))
+    assert caught.value.image == 24
 
 
 def test_empty_chunk_is_refused_with_its_shape():

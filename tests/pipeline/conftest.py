@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtool.observers.fingerprint import Fingerprint
-from qtool.observers.kernels import CACHED, as_rows
+from qtool.observers.kernels import as_rows
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.tensor import Chunk, TensorObserver
 from qtool.pipeline.stats_files import save_stats
@@ -22,7 +22,7 @@ def observed(x: Tensor) -> ActivationStats:
     observer = TensorObserver((1, *x.shape[1:]))
     for number, part in enumerate(x.split(4)):
         rows = as_rows(part, len(part), 0, 1)
-        observer.update(rows, Chunk(number, 4 * number, len(part)), torch.empty(CACHED))
+        observer.update(rows, Chunk(number, 4 * number, len(part)))
     return observer.sums().stats()
 
 

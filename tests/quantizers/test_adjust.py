@@ -217,3 +217,23 @@ def test_a_dynamic_network_is_refused(varied_net, varied_batch):
     traced = fold_batch_norms(trace(varied_net, varied_batch)).traced
     with pytest.raises(ValueError, match="found at run time"):
         adjusted(traced, model.plan, weights={"fc": GRID})
+
+
+def test_another_grid_of_an_input_gives_what_a_new_plan_gives(tiny_net, tiny_batches):
+    """The input of a layer in front of which nothing is quantized."""
+    traced = trace(tiny_net, tiny_batches[0])
+    folded = fold_batch_norms(traced)
+    stats = move_stats(qtool.calibrate(traced, tiny_batches), folded.pairs)
+    plan = plan_model(folded.traced, stats, specs_for(traced, qtool.QuantizeConfig()))
+    (old,) = plan.layers["conv1"].inputs
+    new = replace(old, scale=2 * old.scale)
+    found = adjusted(folded.traced, plan, inputs={("conv1", 0): new})
+    layer, before = found.layers["conv1"], plan.layers["conv1"]
+    assert layer.inputs == (new,)
+    torch.testing.assert_close(layer.accum_scale, 2 * before.accum_scale)
+    assert float((layer.bias_q - before.bias_q / 2).abs().max()) <= 0.5
+    assert found.layers["fc"] is plan.layers["fc"]
+    with pytest.raises(ValueError, match="input 0 of layer 'relu1' is not put on a grid"):
+        adjusted(folded.traced, plan, inputs={("relu1", 0): new})
+    with pytest.raises(ValueError, match="input 0 of layer 'conv1'"):
+        adjusted(folded.traced, plan, inputs={("conv1", 0): replace(new, spec=QuantSpec(num_bits=4))})

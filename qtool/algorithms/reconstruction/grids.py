@@ -7,18 +7,16 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
+from qtool.algorithms.simulation import Masks
 from qtool.numerics.spec import QParams
 from qtool.quantizers.limits import activated
 
-# Gives, for a shape, 1.0 where a value goes on its grid and 0.0 where it stays off it.
-Masks = Callable[[Size], Tensor]
 # A pool of random numbers that masks are cut from, as drawing each anew would take longer than a convolution.
 POOL = 2**22
 
@@ -91,6 +89,10 @@ class LearnedGrid:
         for other in others:
             total = total + other
         return on_grid(self._active(total), scale, self.low, self.high, mask)
+
+    def moved(self) -> Tensor:
+        """Its scale over the one at the start."""
+        return self.log_ratio.detach().exp()
 
     def found(self) -> QParams:
         """The grid with the scale that was learned."""

@@ -1,28 +1,22 @@
 """A block of a quantized network with gradients: weights that are learned, grids whose scale is learned.
 
-Between layers go the float values that the integers stand for; with decided weights the numbers are those
-of the quantized network.
+With decided weights the numbers are those of the quantized network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from qtool.algorithms.reconstruction.blocks import Block
-from qtool.algorithms.reconstruction.grids import LearnedGrid, Masks, on_grid
+from qtool.algorithms.reconstruction.grids import LearnedGrid
 from qtool.algorithms.rounding.grid import RowGrid, centered_rows, integers_of_rows
 from qtool.algorithms.rounding.soft import SoftIntegers
-from qtool.graph import ops
+from qtool.algorithms.simulation import Masks, SimulatedGrid, SimulatedWeight, Simulation
 from qtool.graph.fold import output_channels_first, restore_layout
-from qtool.graph.trace import tensor_inputs
-from qtool.quantizers.limits import activated
-from qtool.quantizers.modules import weighted_function
-from qtool.quantizers.plan import CAST, EMBEDDING, IDENTITY, INTEGER, WEIGHTED, LayerPlan
+from qtool.quantizers.plan import CAST, EMBEDDING, WEIGHTED, LayerPlan
 from qtool.quantizers.weights import weight_values
 
 
@@ -65,6 +59,10 @@ class LearnedWeight:
         bias: Tensor = self.start_bias + self.shift * self.reach
         return bias
 
+    def moved(self) -> float:
+        """Its grid stays."""
+        return 1.0
+
     def result(self) -> tuple[Tensor, Tensor | None]:
         """The integers as the plan keeps them, and the bias."""
         assert self.plan.weight is not None and self.plan.weight_q is not None
@@ -92,6 +90,10 @@ class FixedWeight:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
+    def moved(self) -> float:
+        """Its grid stays."""
+        return 1.0
+
 
 class SimulatedBlock:
     """A block that runs with gradients.
@@ -110,10 +112,11 @@ class SimulatedBlock:
     def __init__(
         self, traced: fx.GraphModule, block: Block, plans: Mapping[str, LayerPlan], learn_scales: bool
     ) -> None:
-        self.traced, self.block, self.plans = traced, block, plans
+        self.block = block
         self.weights: dict[str, LearnedWeight] = {}
         self.outputs: dict[str, LearnedGrid] = {}
-        self._fixed: dict[str, FixedWeight] = {}
+        fixed: dict[str, SimulatedWeight] = {}
+        fresh: dict[tuple[str, int], SimulatedGrid] = {}
         for node in block.nodes:
             name = node.meta.get("layer")
             if name is None:
@@ -123,100 +126,19 @@ class SimulatedBlock:
                 if name in block.layers:
                     self.weights[name] = LearnedWeight(module, plan)
                 else:
-                    self._fixed[name] = FixedWeight(module, plan)
+                    fixed[name] = FixedWeight(module, plan)
             if plan.output is not None:
                 # Approximated scales are not for gradients to choose.
                 learn = learn_scales and plan.everywhere_bits is None and plan.scale_approx_bits is None
                 self.outputs[name] = LearnedGrid(plan.output, plan.activation, learn, plan.activation_limit)
+            grids = ((index, own) for index, own in enumerate(plan.inputs) if own is not None)
+            fresh |= {(name, index): LearnedGrid(own, None, False) for index, own in grids}
+        self._simulation = Simulation(traced, block.nodes, plans, fixed | self.weights, self.outputs, fresh)
 
     def __call__(self, x: Tensor, masks: Masks | None = None) -> Tensor:
         """What the block gives for values of its entry, (N, ...)."""
-        values: dict[fx.Node, Any] = {self.block.entry: x}
-        for node in self.block.nodes:
-            name = node.meta.get("layer")
-            values[node] = (
-                self._layer(name, node, values, masks) if name is not None else self._other(node, values)
-            )
-        result: Tensor = values[self.block.exit]
+        result: Tensor = self._simulation.run({self.block.entry: x}, masks)[self.block.exit]
         return result
-
-    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return ops.attribute(self.traced, str(node.target)) if node.op == "get_attr" else values[node]
-
-    def _arguments(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
-        return args, kwargs
-
-    def _other(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = self._arguments(node, values)
-        if node.op == "call_module":
-            return self.traced.get_submodule(str(node.target))(*args, **kwargs)
-        return ops.as_function(node)(*args, **kwargs)
-
-    def _layer(self, name: str, node: fx.Node, values: Mapping[fx.Node, Any], masks: Masks | None) -> Tensor:
-        plan = self.plans[name]
-        if plan.kind == IDENTITY:
-            return self._value(tensor_inputs(node)[0], values)  # type: ignore[no-any-return]
-        values = {**values, **self._fresh(node, plan, values)}
-        grid = self.outputs.get(name)
-        if plan.kind == INTEGER and plan.op in ("add", "cat"):
-            assert grid is not None
-            return self._combined(node, grid, values, masks)
-        y = self._computed(name, node, plan, values)
-        if grid is None:
-            return activated(y, plan.activation, plan.activation_limit)
-        return grid(y, masks)
-
-    def _fresh(self, node: fx.Node, plan: LayerPlan, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Tensor]:
-        """The inputs that this layer puts on a grid of its own."""
-        pairs = zip(tensor_inputs(node), plan.inputs, strict=False)
-        return {
-            source: LearnedGrid(own, None, False)(self._value(source, values))
-            for source, own in pairs
-            if own is not None
-        }
-
-    def _computed(self, name: str, node: fx.Node, plan: LayerPlan, values: Mapping[fx.Node, Any]) -> Tensor:
-        """What a layer gives before it is put on a grid."""
-        weighted = self.weights.get(name) or self._fixed.get(name)
-        if weighted is None:
-            args, kwargs = self._arguments(node, values)
-            result: Tensor = self.traced.get_submodule(name)(*args, **kwargs)
-            return result
-        x = self._value(tensor_inputs(node)[0], values)
-        y = weighted_function(weighted.module)(x, weighted.weight(), None)
-        bias = weighted.bias()
-        if bias is None:
-            return y
-        if plan.kind == INTEGER:
-            # It is an integer of the accumulator, whose steps can be large when weights have few bits.
-            step = self._accumulator_step(node, plan)
-            bias = on_grid(bias / step, torch.ones(()), -math.inf, math.inf) * step
-        return y + (bias if plan.op == "linear" else bias.reshape(-1, *[1] * (y.dim() - 2)))
-
-    def _accumulator_step(self, node: fx.Node, plan: LayerPlan) -> Tensor:
-        """What a step of a layer's accumulator is worth, () or (C,); it follows the grid that is read."""
-        assert plan.accum_scale is not None
-        source = tensor_inputs(node)[0]
-        while source in self.block.nodes and self._hands_on(source):
-            source = tensor_inputs(source)[0]
-        grid = self.outputs.get(source.meta.get("layer", "")) if plan.inputs[0] is None else None
-        ratio = 1.0 if grid is None else grid.log_ratio.detach().exp()
-        return (plan.accum_scale * ratio).float()
-
-    def _hands_on(self, node: fx.Node) -> bool:
-        """Whether a node gives what it reads, on the same grid."""
-        name = node.meta.get("layer")
-        return node.meta["op"] in ops.KEEPS_GRID if name is None else self.plans[name].kind == IDENTITY
-
-    def _combined(
-        self, node: fx.Node, grid: LearnedGrid, values: Mapping[fx.Node, Any], masks: Masks | None
-    ) -> Tensor:
-        if node.meta["op"] == "add":
-            return grid.added([self._value(source, values) for source in tensor_inputs(node)], masks)
-        # Rounding each tensor and concatenating them is concatenating and rounding.
-        args, kwargs = self._arguments(node, values)
-        return grid(self.traced.get_submodule(str(node.target))(*args, **kwargs), masks)
 
 
 def cannot_simulate(block: Block, plans: Mapping[str, LayerPlan]) -> str:

@@ -9,6 +9,7 @@ from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.corrections import METHODS, CorrectionConfig, CorrectionsConfig
 from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.export import BenchConfig, ExportConfig
+from qtool.config.sections.finetuning import FinetuningConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
 from qtool.config.sections.mixed import MixedConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "FinetuningConfig",
     "LapqConfig",
     "MixedConfig",
     "ModelConfig",
@@ -53,6 +55,7 @@ SECTIONS: dict[str, type] = {
     "corrections": CorrectionsConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
+    "finetuning": FinetuningConfig,
     "conversion": ConversionConfig,
     "evaluation": EvaluationConfig,
     "export": ExportConfig,
@@ -75,6 +78,7 @@ class Config:
     corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

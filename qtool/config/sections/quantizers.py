@@ -129,6 +129,19 @@ class QuantizeConfig:
         "products rescale their inputs.",
         "--qe-scale-approx-everywhere",
     )
+    add_rounding: str = option(
+        "inputs",
+        click.Choice(["inputs", "sum"]),
+        "What an addition rounds: each input at the scale of the sum, as Distiller does, or the sum once, as "
+        "kernels do, which is more exact.",
+        "--qe-add-rounding",
+    )
+    float_output: bool = option(
+        False,
+        click.BOOL,
+        "Leave what the network gives in float: its last layers take quantized weights and inputs alone.",
+        "--qe-float-output",
+    )
     no_clip_layers: tuple[str, ...] = option(
         (),
         click.STRING,
@@ -219,6 +232,7 @@ OVERRIDABLE = (
     "per_channel_weights",
     "scale_approx_bits",
     "scale_approx_everywhere",
+    "add_rounding",
     "inputs_quant_auto_fallback",
     "fpq_module",
     "fake",

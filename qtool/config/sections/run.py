@@ -28,7 +28,12 @@ class RunConfig:
         "--name",
         shown_default="none",
     )
-    seed: int = option(0, click.IntRange(0, 2**32 - 1), "Chooses the calibration images.", "--seed")
+    seed: int = option(
+        0,
+        click.IntRange(0, 2**32 - 1),
+        "Chooses the calibration images, and the order of training.",
+        "--seed",
+    )
     device: str = option("cpu", click.STRING, "Where the network runs: cpu, cuda, cuda:1.", "--device")
     cpu: bool = option(False, click.BOOL, "Run on the CPU, as --device cpu does.", "--cpu")
     gpus: str | None = option(

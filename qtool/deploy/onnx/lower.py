@@ -252,10 +252,10 @@ class _Lowering:
         """A sum of two or more tensors."""
         assert plan.output is not None
         grids = [self.grids[node] for node in tensor_inputs(site.node)]
-        if len(names) == 2:
+        if len(names) == 2 and not plan.sum_once:
             first, second = (Summand(n, g) for n, g in zip(names, grids, strict=True))
             return write_sum(self.w, first, second, plan.output, site.name)
-        return self.w.op("Sum", names, site.name)
+        return self.w.op("Add" if len(names) == 2 else "Sum", names, site.name)
 
     def _factors(self, site: Site, plan: LayerPlan) -> list[float]:
         """What the simulation multiplies by, relative to the exact ratios of scales."""

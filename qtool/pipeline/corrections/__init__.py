@@ -72,12 +72,14 @@ class Corrected:
         model: the quantized network.
         stats: of the float network as it was quantized.
         specs: what was asked of each layer.
+        folded: the float network that the plan of model is of.
         record: what results.json says: methods, settings, layers, seconds.
     """
 
     model: QuantizedModel
     stats: ModelStats
     specs: dict[str, LayerSpec]
+    folded: Folded
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +174,7 @@ def quantize_corrected(
         records.append(_told(one, report, time.perf_counter() - start))
     record: dict[str, Any] = {"preset": corrections.preset, "images": sum(len(b) for b in images)}
     record["methods"] = records
-    return Corrected(build(folded, plan), measured, specs, record)
+    return Corrected(build(folded, plan), measured, specs, folded, record)
 
 
 def _correct_network(

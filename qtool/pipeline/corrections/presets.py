@@ -93,11 +93,12 @@ def _is_linked(node: fx.Node) -> bool:
 def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """What a preset stands for here.
 
-    Bits, modes and granularity stay as they were asked for; so does an estimator that was chosen.
+    Bits, modes and granularity stay as they were asked for; so does an estimator that was chosen. Where
+    Distiller rounds and kernels need not, at the summands of an addition and at the output, it is left out.
     """
     words: list[str] = []
     methods: list[CorrectionConfig] = []
-    quantizers = _estimators(quantizers, words)
+    quantizers = _exact_sums(_estimators(quantizers, words), traits, words)
     _equalization(traits, methods, words)
     if traits.weight_bits is None:
         words.append("weights stay in float, and with them their biases")
@@ -119,6 +120,14 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
             "ranges by the bits: below 8 mse, else percentile 99.999 (activations), extremes (weights)"
         )
     return quantizers
+
+
+def _exact_sums(quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
+    """No rounding that kernels do not need."""
+    if traits.activation_bits is None:
+        return quantizers
+    words.append("sums are rounded once, and what the network gives is not rounded at all")
+    return replace(quantizers, add_rounding="sum", float_output=True)
 
 
 def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:

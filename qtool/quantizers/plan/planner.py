@@ -247,6 +247,7 @@ class _Planner:
             accum_bits=max(OP_ACCUM_BITS, spec.accum_bits),
             scale_approx_bits=spec.scale_approx_bits,
             everywhere_bits=spec.everywhere_bits,
+            sum_once=spec.sum_once and node.meta["op"] == "add",
         )
 
     def _plan_fake(self, name: str, node: fx.Node, spec: LayerSpec, op: str) -> LayerPlan:

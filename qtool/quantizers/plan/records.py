@@ -75,6 +75,7 @@ class LayerPlan:
         dynamic: what is asked of tensors whose grid is found at run time.
         float_bits: width of the float type that the operation runs in, None for float32.
         float_weight: the float weight, output channels first, where it was to be kept.
+        sum_once: whether an addition rounds its sum, and not each summand at the sum's scale.
         note: why the layer is not quantized as asked, in words, or "".
     """
 
@@ -97,6 +98,7 @@ class LayerPlan:
     dynamic: DynamicSpec | None = None
     float_bits: int | None = None
     float_weight: Tensor | None = None
+    sum_once: bool = False
     note: str = ""
 
 

@@ -42,6 +42,8 @@ def test_integers_are_those_of_the_simulation(mode, bits, tiny_net, x, as_quanti
         {"symmetric_unsigned": True, "mode": "sym"},
         {"no_quant_layers": ("depthwise",)},
         {"clip_activations": "avg"},
+        {"add_rounding": "sum"},
+        {"add_rounding": "sum", "float_output": True},
     ],
     ids=str,
 )
