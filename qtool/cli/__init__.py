@@ -189,6 +189,32 @@ def search_clipping(config_file: Path | None, **flags: Any) -> None:
 
 @main.command(cls=QtoolCommand)
 @DATA
+@config_options("model", "data", "calibration", "quantizers", "corrections", "sensitivity", "run")
+def sensitivity(config_file: Path | None, **flags: Any) -> None:
+    """Find which layers hurt: what each costs when it alone is quantized, or gains alone in float.
+
+    \b
+    Example:
+        qtool sensitivity -a resnet18 --pretrained --qe-mode asym_u --bits 8,4 /data/imagenet
+    """
+    _print(_pipeline("sensitivity").run(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
+@config_options("model", "data", "calibration", "quantizers", "corrections", "compare", "run")
+def compare(config_file: Path | None, **flags: Any) -> None:
+    """Compare a float network with its quantized version: layer by layer, and the images that flip.
+
+    \b
+    Example:
+        qtool compare --checkpoint float.pth --quantized logs/RUN/quantized_checkpoint.pth.tar images/
+    """
+    _print(_pipeline("comparison").compare_networks(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
 @config_options("model", "data", "conversion", "evaluation", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
     """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.

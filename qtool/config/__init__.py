@@ -1,5 +1,6 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
+from qtool.config.bits import with_bits, with_bits_of_layers
 from qtool.config.conversion import check_conversion
 from qtool.config.evaluation import check_evaluation
 from qtool.config.layers import check, layer_specs, own_settings
@@ -18,10 +19,12 @@ from qtool.config.sections import (
     EvaluationConfig,
     FinetuningConfig,
     LapqConfig,
+    MixedConfig,
     ModelConfig,
     QuantizeConfig,
     RunConfig,
     SearchConfig,
+    SensitivityConfig,
 )
 
 __all__ = [
@@ -36,10 +39,12 @@ __all__ = [
     "EvaluationConfig",
     "FinetuningConfig",
     "LapqConfig",
+    "MixedConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "SensitivityConfig",
     "absolute_arch",
     "check",
     "check_conversion",
@@ -52,5 +57,7 @@ __all__ = [
     "options_of",
     "own_settings",
     "refuse_given",
+    "with_bits",
+    "with_bits_of_layers",
     "with_settings_of_layers",
 ]

@@ -55,6 +55,10 @@ class Walk:
         """Run everything up to a node, and the node; nothing where it has run already."""
         self._run_to(max(self._next, self._place[node] + 1))
 
+    def past_all_before(self, node: fx.Node) -> None:
+        """Run everything in front of a node; nothing where that has run already."""
+        self._run_to(max(self._next, self._place[node]))
+
     def arguments(self, node: fx.Node) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What a node is called with, for each batch; the walk must stand in front of it.
 
@@ -73,6 +77,10 @@ class Walk:
             KeyError: if it has not run, or its value was freed.
         """
         return [values[node] for values in self._values]
+
+    def alive(self) -> list[dict[fx.Node, Any]]:
+        """The values that something ahead still reads, for each batch; the tensors are the walk's own."""
+        return [dict(values) for values in self._values]
 
     def has_run(self, node: fx.Node) -> bool:
         """Whether the walk is past a node."""

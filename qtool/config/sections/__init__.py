@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qtool.config.sections.compare import CompareConfig
 from qtool.config.sections.conversion import NATIVE_BACKENDS, ConversionConfig
 from qtool.config.sections.corrections import METHODS, CorrectionConfig, CorrectionsConfig
 from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.export import BenchConfig, ExportConfig
 from qtool.config.sections.finetuning import FinetuningConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
+from qtool.config.sections.mixed import MixedConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
+from qtool.config.sections.sensitivity import SensitivityConfig
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -24,6 +27,7 @@ __all__ = [
     "SECTIONS",
     "BenchConfig",
     "CalibrationConfig",
+    "CompareConfig",
     "Config",
     "ConversionConfig",
     "CorrectionConfig",
@@ -33,10 +37,12 @@ __all__ = [
     "ExportConfig",
     "FinetuningConfig",
     "LapqConfig",
+    "MixedConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "SensitivityConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
@@ -54,6 +60,9 @@ SECTIONS: dict[str, type] = {
     "finetuning": FinetuningConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
+    "sensitivity": SensitivityConfig,
+    "mixed": MixedConfig,
+    "compare": CompareConfig,
     "run": RunConfig,
 }
 
@@ -74,4 +83,7 @@ class Config:
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     run: RunConfig = field(default_factory=RunConfig)
