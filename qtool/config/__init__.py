@@ -21,7 +21,9 @@ from qtool.config.sections import (
     QuantizeConfig,
     RunConfig,
     SearchConfig,
+    TuningConfig,
 )
+from qtool.config.tuning import check_tuning
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -38,11 +40,13 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "TuningConfig",
     "absolute_arch",
     "check",
     "check_conversion",
     "check_evaluation",
     "check_search",
+    "check_tuning",
     "dump_config",
     "dump_quantizers",
     "layer_specs",

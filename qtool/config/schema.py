@@ -17,15 +17,18 @@ from qtool.config.options import (
     Bits,
     Counts,
     FloatBits,
+    NonNegativeFloat,
     Numbers,
     Option,
     Pair,
     PositiveFloat,
     Shape,
+    Words,
     options_of,
 )
 from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, QuantizeConfig
 from qtool.config.sections.corrections import METHODS, Method
+from qtool.config.sections.tuning import WorkersOf
 from qtool.config.wording import default_of_key, help_of_key
 from qtool.numerics.spec import MAX_BITS
 
@@ -250,6 +253,24 @@ def _positive(kind: Any) -> Schema:
     return {"type": ["number", "null"], "exclusiveMinimum": 0, **limit}
 
 
+def _from_zero(kind: Any) -> Schema:
+    limit = {} if kind.maximum is None else {"maximum": kind.maximum}
+    return {"type": ["number", "null"], "minimum": 0, **limit}
+
+
+def _words(kind: Any) -> Schema:
+    one = "|".join(kind.choices)
+    numbers = [int(word) for word in kind.choices if word.isdigit()]
+    types = ["string", *(["integer"] if numbers else []), "array", "null"]
+    return {
+        "type": types,
+        "items": {"enum": [*kind.choices, *numbers]},
+        "minItems": 1,
+        "pattern": rf"^\s*({one})(\s*,\s*({one}))*\s*$",
+        "examples": list(kind.choices),
+    }
+
+
 def _list_of_numbers(count: int | None) -> Schema:
     limits = {"minItems": count or 1, **({} if count is None else {"maxItems": count})}
     repeats = "*" if count is None else f"{{{count - 1}}}"
@@ -295,5 +316,8 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
         "pattern": r"^\d+(,\d+){2}$|^\d+(x\d+){2}$",
     },
     PositiveFloat: _positive,
+    NonNegativeFloat: _from_zero,
+    Words: _words,
+    WorkersOf: lambda kind: {"type": ["integer", "string", "null"], "pattern": r"^(ray|(ray:)?0*[1-9]\d*)$"},
     ThresholdType: _threshold,
 }

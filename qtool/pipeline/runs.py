@@ -133,12 +133,12 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
         log_notes(model)
         native = None if target is None else convert_network(model, target)
         engine = open_engine(config, model, evaluation)
-        _write_model(config, folder, subject, traced, model, done.specs)
+        write_model(config, folder, subject, traced, model, done.specs)
         if native is not None:
             write_native(config, folder, subject, native, subject.num_outputs())
         write_engine(folder, engine)
         results, comparison = _evaluate_both(config, subject, engine.network, evaluation, ranks, native)
-        record = _record(config, subject, evaluation, results, comparison)
+        record = record_of(config, subject, evaluation, results, comparison)
         record["engine"] = engine_record(config, engine)
         record |= done.record
         shown = results
@@ -151,14 +151,14 @@ def quantize(config: Config, ranks: Ranks = ALONE) -> Outcome:
             against = compare(results["quantized"], results["native"])
             record["conversion"] = conversion_record(native, against)
         verified, parity = verify(config, folder, model, native or engine.native, evaluation)
-        _finish(config, folder, record | parity, evaluation, results, ranks)
+        finish(config, folder, record | parity, evaluation, results, ranks)
     converted = "" if native is None else conversion_text(native, against)
     lines = [f"{subject.arch}, {evaluation.words}", table(shown, comparison), engine_text(engine)]
     text = "\n".join(filter(None, [*lines, converted, verified, str(folder)]))
     return Outcome(text, folder, record | parity)
 
 
-def _write_model(
+def write_model(
     config: Config,
     folder: Path,
     subject: Subject,
@@ -200,7 +200,7 @@ def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
         results = {name: evaluate_images(config, network, evaluation, f"evaluating {name}", ranks)}
         if native is not None:
             results["native"] = evaluate_images(config, native, evaluation, "evaluating native", ranks)
-        record = _record(config, subject, evaluation, results, None)
+        record = record_of(config, subject, evaluation, results, None)
         lines = [f"{subject.arch}, {evaluation.words}", table(results)]
         if engine is not None:
             record["engine"] = engine_record(config, engine)
@@ -213,7 +213,7 @@ def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
             verified, parity = verify(config, folder, model, native or engine.native, evaluation)
             record |= parity
             lines.append(verified)
-        _finish(config, folder, record, evaluation, results, ranks)
+        finish(config, folder, record, evaluation, results, ranks)
     return Outcome("\n".join(filter(None, [*lines, str(folder)])), folder, record)
 
 
@@ -321,7 +321,7 @@ def log_notes(model: QuantizedModel) -> None:
         )
 
 
-def _record(
+def record_of(
     config: Config,
     subject: Subject,
     evaluation: Images,
@@ -349,14 +349,15 @@ def _record(
     return record
 
 
-def _finish(
+def finish(
     config: Config,
     folder: Path,
     record: dict[str, Any],
     evaluation: Images,
     results: dict[str, Result],
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> None:
+    """Write predictions and confusion matrices where they are asked for, and results.json."""
     if config.run.save_predictions is not None and ranks.first:
         path = _npz_path(config.run.save_predictions)
         write_whole(path, lambda file: np.savez_compressed(file, **_predictions(evaluation, results)))

@@ -12,6 +12,7 @@ from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelCon
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
+from qtool.config.sections.tuning import TuningConfig
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
+    "TuningConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
@@ -47,6 +49,7 @@ SECTIONS: dict[str, type] = {
     "corrections": CorrectionsConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
+    "tuning": TuningConfig,
     "conversion": ConversionConfig,
     "evaluation": EvaluationConfig,
     "export": ExportConfig,
@@ -66,6 +69,7 @@ class Config:
     corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
