@@ -260,15 +260,10 @@ def _from_zero(kind: Any) -> Schema:
 
 def _words(kind: Any) -> Schema:
     one = "|".join(kind.choices)
-    numbers = [int(word) for word in kind.choices if word.isdigit()]
-    types = ["string", *(["integer"] if numbers else []), "array", "null"]
-    return {
-        "type": types,
-        "items": {"enum": [*kind.choices, *numbers]},
-        "minItems": 1,
-        "pattern": rf"^\s*({one})(\s*,\s*({one}))*\s*$",
-        "examples": list(kind.choices),
-    }
+    words = [*kind.choices, *(int(word) for word in kind.choices if word.isdigit())]
+    as_text = {"type": "string", "pattern": rf"^\s*({one})(\s*,\s*({one}))*\s*$"}
+    as_list = {"type": "array", "items": {"enum": words}, "minItems": 1, "uniqueItems": True}
+    return {"anyOf": [{"enum": [*words, None]}, as_text, as_list]}
 
 
 def _list_of_numbers(count: int | None) -> Schema:

@@ -88,8 +88,8 @@ class TuningConfig:
         "--tuned",
         shown_default=",".join(TUNED),
     )
-    fallback_bits: tuple[str, ...] = option(
-        (),
+    fallback_bits: tuple[str, ...] | None = option(
+        None,
         Words((*(str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)), FLOAT)),
         "What single groups of layers may have in place of the bits asked for, in the order in which it is "
         "tried: numbers of bits, or float.",

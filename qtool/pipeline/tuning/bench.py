@@ -240,7 +240,8 @@ def rows_of(result: Result, images: Sequence[int]) -> Result:
     assert result.indices is not None
     place = {int(number): i for i, number in enumerate(result.indices)}
     rows = torch.tensor([place[number] for number in images if number in place])
-    return steps.summarize(result.labels[rows], result.logits[rows], result.seconds, result.indices[rows])
+    seconds = result.seconds * len(rows) / result.images
+    return steps.summarize(result.labels[rows], result.logits[rows], seconds, result.indices[rows])
 
 
 def relative_errors(float_logits: Tensor, logits: Tensor) -> Tensor:

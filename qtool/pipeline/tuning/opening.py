@@ -33,7 +33,7 @@ from qtool.pipeline.passes import evaluate_images
 from qtool.pipeline.ranges import Ranges, find_ranges, find_stats
 from qtool.pipeline.searches import images_sha256
 from qtool.pipeline.tuning.bench import Parts, pack, split, unpack
-from qtool.pipeline.tuning.space import fallback, tuning_space
+from qtool.pipeline.tuning.space import check_space, tuning_space
 from qtool.quantizers.plan import plan_model
 from qtool.search.history import History
 from qtool.search.strategies.bayesian import load_optuna
@@ -75,7 +75,7 @@ def open_tuning(config: Config) -> Opened:
         load_optuna()
     if config.tuning.trial_workers.startswith(RAY):
         load_ray()
-    fallback(config.tuning, config.quantizers)
+    check_space(config)
     runs.check_before_work(config, data_needed=True)
     subject = open_subject(config)
     runs.refuse_quantized(subject, "tune")

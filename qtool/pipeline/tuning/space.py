@@ -52,9 +52,6 @@ def tuning_space(
         traced: the float network.
         folded: the same, batch norms folded.
         plan: of folded, as config asks for it.
-
-    Raises:
-        ConfigError: if nothing is left to be tuned, or groups could only get as many bits as they have.
     """
     tuned = config.tuning.tuned
     first, last = first_and_last(folded, WITH_WEIGHTS)
@@ -64,10 +61,27 @@ def tuning_space(
         tuple(groups),
         fallback(config.tuning, config.quantizers) if groups else (),
     )
-    if not found.dimensions and not found.groups:
-        raise ConfigError(f"--tuned {','.join(tuned)}: leaves nothing to be tuned here; name more")
     names = tuple(name for name, _, _ in layers(traced))
     return TuningSpace(found, groups, tuple(dict.fromkeys([*first, *last])), names)
+
+
+def check_space(config: Config) -> None:
+    """Find out before any long work that nothing is left to be tuned.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    tuned = config.tuning.tuned
+    if not _bits(config.quantizers):
+        raise ConfigError(
+            "--qe-bits-wts 0 and --qe-bits-acts 0 leave nothing to be tuned; give one of them bits"
+        )
+    if "groups" in tuned:
+        fallback(config.tuning, config.quantizers)
+    elif config.tuning.fallback_bits:
+        raise ConfigError("--fallback: is of single groups; add groups to --tuned, or leave it out")
+    elif all(len(d.options) == 1 for d in _dimensions(config, tuned)):
+        raise ConfigError(f"--tuned {','.join(tuned)}: leaves nothing to be tuned here; name more")
 
 
 def fallback(tuning: TuningConfig, quantizers: QuantizeConfig) -> tuple[int, ...]:

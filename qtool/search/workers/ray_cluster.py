@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from typing import Any
 
 from qtool.errors import ConfigError
@@ -70,7 +71,7 @@ class RayCrew:
                 replies.append(self._ray.get(reference))
             except self._ray.exceptions.RayError as error:
                 self._actors.pop(worker, None)
-                replies.append(Reply(worker, death=str(error).strip().splitlines()[0]))
+                replies.append(Reply(worker, death=_reason(error)))
         return replies
 
     def stop(self, worker: int) -> None:
@@ -86,6 +87,12 @@ class RayCrew:
             self.stop(number)
         if self._started:
             self._ray.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """The line of Ray's message that says what happened: the last one, behind a traceback if there is one."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)
 
 
 class Actor:

@@ -1,6 +1,7 @@
 """Several workers: results in order, whoever dies on the way."""
 
 import importlib
+import os
 import sys
 from contextlib import closing
 from functools import partial
@@ -12,22 +13,20 @@ from qtool.errors import ConfigError, DataError, WorkerError
 from qtool.search.workers import RayCrew
 
 
-@pytest.fixture(scope="module")
-def tasks():
+@pytest.fixture
+def tasks(monkeypatch):
     """The module tasks.py, under a name that workers can import too."""
     folder = str(Path(__file__).parent)
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("tasks")
-    finally:
-        sys.path.remove(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)  # Ray's processes do not have our sys.path
+    return importlib.import_module("tasks")
 
 
-def test_results_come_in_the_order_of_the_tasks(pool_of, tasks):
+def test_results_come_in_the_order_of_the_tasks(tasks, pool_of):
     assert list(pool_of(tasks.squares).run(range(8))) == [x * x for x in range(8)]
 
 
-def test_a_pool_serves_batch_after_batch_and_one_inside_another(pool_of, tasks):
+def test_a_pool_serves_batch_after_batch_and_one_inside_another(tasks, pool_of):
     pool = pool_of(tasks.squares)
     with closing(pool.run([0, 1, 2, 3])) as outer:
         assert next(outer) == 0
@@ -35,14 +34,14 @@ def test_a_pool_serves_batch_after_batch_and_one_inside_another(pool_of, tasks):
         assert list(outer) == [1, 4, 9]
 
 
-def test_a_task_whose_worker_died_is_done_again(pool_of, tasks, tmp_path):
+def test_a_task_whose_worker_died_is_done_again(tasks, pool_of, tmp_path):
     pool = pool_of(partial(tasks.mortal, tmp_path, 2))
     names = ["a", "deadly", "b", "c"]
     assert list(pool.run(names)) == [f"{name} done" for name in names]
     assert (tmp_path / "deadly").read_text() == "xx"
 
 
-def test_a_task_that_kills_every_worker_ends_it_in_one_line(pool_of, tasks, tmp_path):
+def test_a_task_that_kills_every_worker_ends_it_in_one_line(tasks, pool_of, tmp_path):
     pool = pool_of(partial(tasks.mortal, tmp_path, 99))
     with pytest.raises(WorkerError, match="one died 3 times over the same trial") as error:
         list(pool.run(["deadly"]))
@@ -50,17 +49,17 @@ def test_a_task_that_kills_every_worker_ends_it_in_one_line(pool_of, tasks, tmp_
     assert list(pool.run(["a"])) == ["a done"]
 
 
-def test_what_the_user_can_fix_is_said_as_it_is(pool_of, tasks):
+def test_what_the_user_can_fix_is_said_as_it_is(tasks, pool_of):
     with pytest.raises(DataError, match=r"images/1\.png: unreadable"):
         list(pool_of(tasks.failing).run(["a", "user"]))
 
 
-def test_a_bug_comes_with_its_traceback(pool_of, tasks):
+def test_a_bug_comes_with_its_traceback(tasks, pool_of):
     with pytest.raises(RuntimeError, match="KeyError: 'gone'"):
         list(pool_of(tasks.failing).run(["bug"]))
 
 
-def test_what_is_behind_the_end_is_stopped(pool_of, tasks, tmp_path):
+def test_what_is_behind_the_end_is_stopped(tasks, pool_of, tmp_path):
     pool = pool_of(partial(tasks.mortal, tmp_path, 0))
     with closing(pool.run(["a", "b", "c"])) as results:
         assert next(results) == "a done"
