@@ -105,10 +105,9 @@ def row(name: str, found: dict[str, object]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-HEAD = (
-    "| run | float | tuned | drop | met | confidence | trials | minutes | weights | bit operations | exit | chosen |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("run", "float", "tuned", "drop", "met", "confidence", "trials", "minutes", "weights")
+COLUMNS += ("bit operations", "exit", "chosen")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 @click.command()
