@@ -211,6 +211,19 @@ add_below(tune)
 
 @main.command(cls=QtoolCommand)
 @DATA
+@config_options("model", "data", "calibration", "quantizers", "corrections", "sensitivity", "run")
+def sensitivity(config_file: Path | None, **flags: Any) -> None:
+    """Find which layers hurt: what each costs when it alone is quantized, or gains alone in float.
+
+    \b
+    Example:
+        qtool sensitivity -a resnet18 --pretrained --qe-mode asym_u --bits 8,4 /data/imagenet
+    """
+    _print(_pipeline("sensitivity").run(_config(config_file, flags)).text)
+
+
+@main.command(cls=QtoolCommand)
+@DATA
 @config_options("model", "data", "conversion", "evaluation", "run")
 def evaluate(config_file: Path | None, **flags: Any) -> None:
     """Evaluate a float network, or one that a run has saved: quantized, or converted to int8 kernels.

@@ -1,5 +1,6 @@
 """What the user asked for: YAML under flags, checked, frozen."""
 
+from qtool.config.bits import with_bits, with_bits_of_layers
 from qtool.config.conversion import check_conversion
 from qtool.config.evaluation import check_evaluation
 from qtool.config.layers import check, layer_specs, own_settings
@@ -17,10 +18,12 @@ from qtool.config.sections import (
     DataConfig,
     EvaluationConfig,
     LapqConfig,
+    MixedConfig,
     ModelConfig,
     QuantizeConfig,
     RunConfig,
     SearchConfig,
+    SensitivityConfig,
     TuningConfig,
 )
 from qtool.config.tuning import check_tuning
@@ -36,11 +39,13 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LapqConfig",
+    "MixedConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
     "TuningConfig",
+    "SensitivityConfig",
     "absolute_arch",
     "check",
     "check_conversion",
@@ -54,5 +59,7 @@ __all__ = [
     "options_of",
     "own_settings",
     "refuse_given",
+    "with_bits",
+    "with_bits_of_layers",
     "with_settings_of_layers",
 ]

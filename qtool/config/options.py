@@ -122,6 +122,20 @@ class Counts(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
+class Widths(Counts):
+    """Bit widths separated by commas, each once."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        found = super().convert(value, param, ctx)
+        if not all(MIN_BITS <= bits <= MAX_BITS for bits in found):
+            self.fail(
+                f"{value!r} is not a list of bits from {MIN_BITS} to {MAX_BITS} such as 4,8.", param, ctx
+            )
+        return tuple(dict.fromkeys(found))
+
+
 class Pair(Numbers):
     """Two finite numbers."""
 

@@ -23,6 +23,7 @@ from qtool.config.options import (
     Pair,
     PositiveFloat,
     Shape,
+    Widths,
     Words,
     options_of,
 )
@@ -30,7 +31,7 @@ from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, 
 from qtool.config.sections.corrections import METHODS, Method
 from qtool.config.sections.tuning import WorkersOf
 from qtool.config.wording import default_of_key, help_of_key
-from qtool.numerics.spec import MAX_BITS
+from qtool.numerics.spec import MAX_BITS, MIN_BITS
 
 Schema = dict[str, Any]
 
@@ -284,6 +285,8 @@ def _threshold(kind: Any) -> Schema:
     }
 
 
+_WIDTH = "0*(" + "|".join(str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)) + ")"
+_WIDTHS = rf"^\s*{_WIDTH}\s*(,\s*{_WIDTH}\s*)*$"
 # By type of an option; the first that fits counts.
 _KINDS: dict[type, Callable[[Any], Schema]] = {
     click.types.BoolParamType: lambda kind: {"type": ["boolean", "null"]},
@@ -296,6 +299,14 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
     FloatBits: lambda kind: {"enum": [16, 32, 64, None]},
     Pair: lambda kind: _list_of_numbers(2),
     Numbers: lambda kind: _list_of_numbers(None),
+    Widths: lambda kind: {
+        "type": ["array", "integer", "string", "null"],
+        "items": {"type": "integer", "minimum": MIN_BITS, "maximum": MAX_BITS},
+        "minimum": MIN_BITS,
+        "maximum": MAX_BITS,
+        "minItems": 1,
+        "pattern": _WIDTHS,
+    },
     Counts: lambda kind: {
         "type": ["array", "integer", "string", "null"],
         "items": {"type": "integer", "minimum": 1},

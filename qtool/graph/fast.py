@@ -38,17 +38,25 @@ class Fast:
 def fast(traced: fx.GraphModule) -> Fast:
     """The fast form of a network that trace has given, which stays as it was."""
     folded = fold_batch_norms(traced)
-    quick = copy_graph(folded.traced)
-    for node in quick.graph.nodes:
-        if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"  # a view of another memory order may not exist
+    quick = channels_last(folded.traced)
     for name, node, module in list(layers(quick)):
-        if ops.module_op(module) == "conv" and isinstance(module, nn.Conv2d):
-            quick.set_submodule(name, _channels_last(module))
-        elif _may_write_over_its_input(node):
+        if _may_write_over_its_input(node):
             quick.set_submodule(name, _in_place(node.meta["op"], module))
     quick.recompile()
     return Fast(quick, folded.pairs)
+
+
+def channels_last(traced: fx.GraphModule) -> fx.GraphModule:
+    """The network with its convolutions in channels-last order; the given one stays as it was."""
+    quick = copy_graph(traced)
+    for node in quick.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # a view of another memory order may not exist
+    for name, _, module in list(layers(quick)):
+        if ops.module_op(module) == "conv" and isinstance(module, nn.Conv2d):
+            quick.set_submodule(name, _channels_last(module))
+    quick.recompile()
+    return quick
 
 
 def _in_place(op: str, module: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ operation runs as it would in the whole network, on the same tensors, so the num
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from qtool.graph.examples import placeholder_values
 MAX_BYTES = 1 << 30
 
 Values = dict[fx.Node, Any]
+NOTHING: Mapping[fx.Node, Callable[[Values], Any]] = MappingProxyType({})
 
 
 class Replay:
@@ -93,7 +95,11 @@ class Replay:
 
 
 def run_from(
-    network: fx.GraphModule, known: Mapping[fx.Node, Any], wanted: set[fx.Node], seconds: dict[fx.Node, float]
+    network: fx.GraphModule,
+    known: Mapping[fx.Node, Any],
+    wanted: Collection[fx.Node] = (),
+    seconds: dict[fx.Node, float] | None = None,
+    instead: Mapping[fx.Node, Callable[[Values], Any]] = NOTHING,
 ) -> tuple[Any, Values]:
     """Run what a network's output needs beyond some known values, and free what is not needed longer.
 
@@ -102,6 +108,7 @@ def run_from(
         known: values of its placeholders, and of other nodes.
         wanted: nodes whose values are given back as well, where they are known or were needed.
         seconds: takes the time that each node ran.
+        instead: what gives the values of some nodes in place of running them, from those that they read.
 
     Returns:
         The network's output, and the wanted values.
@@ -114,8 +121,9 @@ def run_from(
         if node not in nodes:
             continue
         start = time.perf_counter()
-        values[node] = interpreter.run_node(node)
-        seconds[node] = time.perf_counter() - start
+        values[node] = instead[node](values) if node in instead else interpreter.run_node(node)
+        if seconds is not None:
+            seconds[node] = time.perf_counter() - start
         for source in node.all_input_nodes:
             readers[source] -= 1
             if not readers[source] and source not in wanted:

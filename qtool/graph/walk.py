@@ -74,6 +74,10 @@ class Walk:
         """
         return [values[node] for values in self._values]
 
+    def alive(self) -> list[dict[fx.Node, Any]]:
+        """The values that something ahead still reads, for each batch; the tensors are the walk's own."""
+        return [dict(values) for values in self._values]
+
     def has_run(self, node: fx.Node) -> bool:
         """Whether the walk is past a node."""
         return self._place[node] < self._next

@@ -101,7 +101,7 @@ def _carried(traced: fx.GraphModule, plans: Plans) -> Pairs:
     for name, node, _ in layers(traced):
         if plans[name].kind != IDENTITY:
             continue
-        source = _source(tensor_inputs(node)[0], plans)
+        source = source_layer(tensor_inputs(node)[0], plans)
         if source is not None and _activation(plans[source]) == plans[name].op:
             yield source, name
 
@@ -125,12 +125,12 @@ def _meeting(traced: fx.GraphModule, plans: Plans) -> Pairs:
             continue
         fresh = plan.inputs if plan.dynamic is None else plan.dynamic.inputs
         read = zip(tensor_inputs(node), fresh, strict=True)
-        sources = [_source(tensor, plans) for tensor, own in read if own is None]
+        sources = [source_layer(tensor, plans) for tensor, own in read if own is None]
         on_grid = [source for source in sources if source is not None]
         yield from itertools.pairwise(on_grid)
 
 
-def _source(node: fx.Node, plans: Plans) -> str | None:
+def source_layer(node: fx.Node, plans: Plans) -> str | None:
     """The layer whose grid a value has, seen through dropout and the like; None for a float one."""
     while True:
         name = node.meta.get("layer")

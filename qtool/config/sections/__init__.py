@@ -9,9 +9,11 @@ from qtool.config.sections.corrections import METHODS, CorrectionConfig, Correct
 from qtool.config.sections.evaluation import EvaluationConfig
 from qtool.config.sections.export import BenchConfig, ExportConfig
 from qtool.config.sections.inputs import CalibrationConfig, DataConfig, ModelConfig
+from qtool.config.sections.mixed import MixedConfig
 from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, QuantizeConfig
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
+from qtool.config.sections.sensitivity import SensitivityConfig
 from qtool.config.sections.tuning import TuningConfig
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "LapqConfig",
+    "MixedConfig",
     "ModelConfig",
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
     "TuningConfig",
+    "SensitivityConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
@@ -54,6 +58,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
+    "sensitivity": SensitivityConfig,
+    "mixed": MixedConfig,
     "run": RunConfig,
 }
 
@@ -74,4 +80,6 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -10,7 +10,15 @@ from qtool.quantizers.plan.kinds import (
     layer_kind,
     quantizes_output,
 )
-from qtool.quantizers.plan.planner import OP_ACCUM_BITS, chosen_grids, output_ranges, plan_model
+from qtool.quantizers.plan.planner import (
+    NO_WEIGHTS,
+    OP_ACCUM_BITS,
+    Weights,
+    chosen_grids,
+    output_ranges,
+    plan_model,
+    quantized_weights,
+)
 from qtool.quantizers.plan.records import (
     CAST,
     DECIDES,
@@ -41,6 +49,7 @@ __all__ = [
     "INTEGER",
     "INTEGER_OPS",
     "NOT_ASKED",
+    "NO_WEIGHTS",
     "OP_ACCUM_BITS",
     "UNREACHED",
     "WEIGHTED",
@@ -48,6 +57,7 @@ __all__ = [
     "DynamicSpec",
     "LayerPlan",
     "ModelPlan",
+    "Weights",
     "asked_of_inputs",
     "asked_of_output",
     "beyond_float32",
@@ -58,5 +68,6 @@ __all__ = [
     "output_ranges",
     "plan_dynamic",
     "plan_model",
+    "quantized_weights",
     "quantizes_output",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 
@@ -43,23 +44,44 @@ from qtool.quantizers.weights import (
     weight_grid,
 )
 
+# The grid and the integers of each weight, by layer.
+Weights = Mapping[str, tuple[QParams, Tensor]]
+NO_WEIGHTS: Weights = MappingProxyType({})
 # Accumulators of operations other than convolutions and linear layers are never narrower.
 OP_ACCUM_BITS = 32
 
 
-def plan_model(traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> ModelPlan:
+def plan_model(
+    traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec], weights: Weights = NO_WEIGHTS
+) -> ModelPlan:
     """Decide what becomes of every layer of a network whose batch norms are folded.
 
     Args:
         traced: from trace and fold_batch_norms.
         stats: of the same network, moved along with the folding.
         specs: what is asked, by layer name; a layer without one stays in float.
+        weights: those that are known already, from quantized_weights for the same specs.
 
     Raises:
         StatsError: if a record or field that is needed is missing.
         ConfigError: if a setting cannot be honoured for a layer.
     """
-    return _Planner(traced, stats, specs).run()
+    return _Planner(traced, stats, specs, weights).run()
+
+
+def quantized_weights(
+    traced: fx.GraphModule, specs: Mapping[str, LayerSpec]
+) -> dict[str, tuple[QParams, Tensor]]:
+    """The grids and integers of all weights that specs ask for, by layer; embeddings are left out.
+
+    They depend on nothing else, so that many plans can share them.
+    """
+    found = {}
+    for name, node, module in layers(traced):
+        spec = specs.get(name)
+        if spec is not None and spec.weight is not None and node.meta["op"] in WEIGHTED:
+            found[name] = quantize_weight(name, module, spec.weight, spec)
+    return found
 
 
 def output_ranges(
@@ -103,8 +125,15 @@ def chosen_grids(
 class _Planner:
     """Walks the layers in the order of execution; grids holds the grid of every value so far."""
 
-    def __init__(self, traced: fx.GraphModule, stats: ModelStats, specs: Mapping[str, LayerSpec]) -> None:
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        stats: ModelStats,
+        specs: Mapping[str, LayerSpec],
+        weights: Weights = NO_WEIGHTS,
+    ) -> None:
         self.traced = traced
+        self.weights = weights
         self.unreached = {
             n for n, node, _ in layers(traced) if "guard" in node.meta and n not in stats.layers
         }
@@ -238,7 +267,7 @@ class _Planner:
 
     def _weight(self, name: str, module: nn.Module, spec: LayerSpec) -> tuple[QParams, Tensor]:
         assert spec.weight is not None
-        return quantize_weight(name, module, spec.weight, spec)
+        return self.weights.get(name) or quantize_weight(name, module, spec.weight, spec)
 
     def _activation(self, name: str) -> str | None:
         if name in self.fused:

@@ -1,0 +1,93 @@
+"""The command sensitivity: which layers hurt, from the settings to the files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import yaml
+
+import qtool.config as configs
+from qtool.config import Config, dump_quantizers
+from qtool.errors import ConfigError
+from qtool.pipeline import runs
+from qtool.pipeline.run_folder import run_folder
+from qtool.pipeline.sensitivity.measuring import Row, measure
+from qtool.pipeline.sensitivity.opening import Opened, open_measurement
+from qtool.pipeline.sensitivity.reports import as_csv, as_yaml, overridden, overrides_for, tables
+from qtool.run_dir import write_text
+
+LOG = logging.getLogger("qtool")
+
+YAML_FILE, CSV_FILE, WORST_FILE = "sensitivity.yaml", "sensitivity.csv", "worst.yaml"
+COMMAND = "sensitivity"
+
+
+def run(config: Config) -> runs.Outcome:
+    """Measure every group of layers, and write what was found."""
+    _check(config)
+    asked = config.sensitivity
+    opened = open_measurement(config, COMMAND, asked.measured_images)
+    with run_folder(config) as folder:
+        LOG.info("network: %s, %s", opened.subject.arch, opened.subject.weights)
+        stats = opened.stats(config, folder)
+        LOG.info("measuring on %s", opened.images.words)
+        batches = opened.batches(config)
+        start = time.perf_counter()
+        rows = measure(opened.traced, stats, opened.quantizers, batches, asked, config.run.seed)
+        seconds = time.perf_counter() - start
+        if not rows:
+            raise ConfigError(
+                "sensitivity: no layer that was to be quantized can be; 'qtool layers' says why"
+            )
+        head = _head(config, opened, sum(len(labels) for _, labels in batches), seconds)
+        write_text(folder / YAML_FILE, as_yaml(rows, head, asked.by))
+        write_text(folder / CSV_FILE, as_csv(rows))
+        parts = [f"{opened.subject.arch}, {opened.images.words}", tables(rows, asked.by)]
+        parts += _worst(config, opened, rows, folder / WORST_FILE)
+        write_text(folder / runs.RESULTS_FILE, json.dumps({"sensitivity": head}, indent=2) + "\n")
+    return runs.Outcome("\n".join([*parts, str(folder)]), folder, {"sensitivity": head})
+
+
+def _check(config: Config) -> None:
+    """Refuse what a measurement of single layers cannot honour."""
+    if config.corrections.methods:
+        raise ConfigError(
+            "--corrections: single layers are measured without corrections, which work on all of them; leave "
+            "it out, --preset gives its estimators"
+        )
+    configs.refuse_given(
+        config, ("lapq", "search", "conversion", "evaluation"), "is of 'qtool quantize', not of this command"
+    )
+    asked = config.sensitivity
+    if asked.exact and (asked.direction == "gain" or asked.by in ("loss", "top1")):
+        what = "--direction gain" if asked.direction == "gain" else f"--by {asked.by}"
+        raise ConfigError(f"--exact: {what} is always measured, never estimated; leave it out")
+
+
+def _head(config: Config, opened: Opened, images: int, seconds: float) -> dict[str, Any]:
+    asked = config.sensitivity
+    return {
+        "arch": opened.subject.arch,
+        "weights": opened.subject.weights,
+        "images": images,
+        "dataset": opened.images.dataset.name,
+        "overlap": opened.overlap,
+        "by": asked.by,
+        "per": asked.per,
+        "direction": asked.direction,
+        "seed": config.run.seed,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _worst(config: Config, opened: Opened, rows: list[Row], path: Any) -> list[str]:
+    """The overrides for the worst groups, in words and as a file."""
+    found = overrides_for(rows, opened.traced, opened.quantizers, config.sensitivity.worst)
+    if not found:
+        return []
+    write_text(path, dump_quantizers(overridden(opened.quantizers, opened.traced, found)))
+    block = yaml.safe_dump({"quantizers": {"overrides": found}}, sort_keys=False).rstrip()
+    return ["", f"more bits for the worst {config.sensitivity.worst}, as in {path} (-c takes it):", block]
