@@ -127,8 +127,8 @@ def text(lines: list[str], images: int) -> str:
     """The file."""
     intro = (__doc__ or "").strip()
     return (
-        f"# Tuning to half a point\n\n{intro}\n\nTuned and validated on {images} images; minutes are rough, on "
-        f"two shared cores.\n\n{HEAD}\n" + "\n".join(lines) + f"\n\n{NON_COMMERCIAL}\n"
+        f"# Tuning to half a point\n\n{intro}\n\nTuned and validated on {images} images; minutes are rough, "
+        f"on two shared cores.\n\n{HEAD}\n" + "\n".join(lines) + f"\n\n{NON_COMMERCIAL}\n"
     )
 
 

@@ -148,6 +148,8 @@ def test_a_finished_tuning_is_taken_over_whole_and_can_get_another_goal(run_cli,
     ("args", "message"),
     [
         (("--qe-dynamic",), "error: --qe-dynamic: a tuning chooses ranges"),
+        (("--size-budget", 0.2), "error: --size-budget: has an effect with --bits only; add that"),
+        (("--bits", "4,8", "--max-drop", 1), "error: --max-drop: keeps an accuracy, and --bits a budget"),
         (("--skip-float",), "error: --skip-float: a tuning compares with the float network"),
         (("--tuned", "modes", "--fallback", "float"), "error: --fallback: is of single groups"),
         (("--qe-bits-wts", 0, "--qe-bits-acts", 0), "leave nothing to be tuned; give one of them bits"),

@@ -15,6 +15,7 @@ def check_tuning(config: Config) -> None:
         ConfigError: naming the flag.
     """
     refuse_given(config, ("lapq", "search", "conversion"), "is of 'qtool quantize', not of a tuning")
+    refuse_given(config, ("mixed",), "has an effect with --bits only; add that")
     tuning = config.tuning
     if config.quantizers.dynamic:
         raise ConfigError("--qe-dynamic: a tuning chooses ranges that are known beforehand; leave it out")

@@ -39,8 +39,8 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "SearchConfig",
-    "TuningConfig",
     "SensitivityConfig",
+    "TuningConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
