@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -195,8 +196,10 @@ def read_history(path: Path) -> Iterator[History]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; the history of a tuning lies in its run's folder")
+    # What a killed process has left half-written is rolled back, for which the file has to be writable.
+    mode = "rw" if os.access(path, os.W_OK) else "ro"
     with _reading(path):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE_S)
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=PATIENCE_S)
     with closing(connection):
         _check(path, connection, may_be_new=False)
         with _reading(path):
@@ -230,13 +233,12 @@ def _is_empty(path: Path, connection: sqlite3.Connection) -> bool:
 
 def _create(path: Path, connection: sqlite3.Connection, inputs: Mapping[str, Any]) -> None:
     """All of it or nothing, so that a process which is killed here leaves an empty file."""
-    value = canonical(inputs)
     try:
+        (value,) = connection.execute("SELECT quote(?)", (canonical(inputs),)).fetchone()
         connection.executescript(
-            f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {FORMAT}; COMMIT;"
+            f"BEGIN; {SCHEMA} INSERT INTO facts VALUES ('{INPUTS}', {value});"
+            f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {FORMAT}; COMMIT;"
         )
-        with connection:
-            connection.execute("REPLACE INTO facts VALUES (?, ?)", (INPUTS, value))
     except sqlite3.Error as error:
         raise OutputError(f"{path}: cannot be made: {error}") from error
 
@@ -254,8 +256,6 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_inputs(path: Path, before: Any, now: Mapping[str, Any]) -> None:
-    if before is None:  # killed between the tables and the inputs
-        before = {}
     different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if different:
         raise ConfigError(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,6 @@ from qtool.deploy.timing import time_in_turns
 from qtool.errors import QtoolError
 from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.spec import LayerSpec
-from qtool.observers.files import read_stats
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import steps
 from qtool.pipeline.corrections import decide, quantize_corrected
@@ -38,10 +34,11 @@ from qtool.pipeline.inputs import (
 )
 from qtool.pipeline.logits import logits_of
 from qtool.pipeline.passes import measure_stats
-from qtool.pipeline.stats_files import STATS_FILE, histograms_path, save_stats
+from qtool.pipeline.tuning.files import unpack
+from qtool.pipeline.tuning.numbers import numbers, relative_errors, rows_of
 from qtool.pipeline.tuning.space import TuningSpace, config_of
 from qtool.quantizers.prepare import QuantizedModel
-from qtool.report import Result, compare
+from qtool.report import Result
 from qtool.search.costs import costs
 from qtool.search.outcomes import Outcome, rounded
 from qtool.search.space import CONFIRM, PROBE, RANKING, Candidate, Proposal
@@ -51,7 +48,6 @@ MAX_BYTES = 2 << 30
 # Statistics of so many float networks, as corrections leave them, are kept.
 KEPT_STATS = 8
 LATENCY_S = 1.0
-FLOAT_FILE = "float_outputs.npz"
 
 
 @dataclass(frozen=True)
@@ -233,74 +229,6 @@ def split(config: Config, evaluation: Images) -> tuple[Images, Images]:
     # Another generator than that of calibration_indices, whose choice would come first.
     order = np.random.default_rng(config.run.seed).permutation(count)
     return evaluation.part(sorted(order[apart:].tolist())), evaluation.part(sorted(order[:apart].tolist()))
-
-
-def rows_of(result: Result, images: Sequence[int]) -> Result:
-    """The part of a result that is of some images, by their numbers in the dataset, in that order."""
-    assert result.indices is not None
-    place = {int(number): i for i, number in enumerate(result.indices)}
-    rows = torch.tensor([place[number] for number in images if number in place])
-    seconds = result.seconds * len(rows) / result.images
-    return steps.summarize(result.labels[rows], result.logits[rows], seconds, result.indices[rows])
-
-
-def relative_errors(float_logits: Tensor, logits: Tensor) -> Tensor:
-    """The normalized squared error of each image's logits, (N,)."""
-    off = (float_logits.double() - logits.double()).square().sum(dim=1)
-    return off / float_logits.double().square().sum(dim=1).clamp(min=1e-30)
-
-
-def numbers(float_result: Result, result: Result, worst: int) -> dict[str, Any]:
-    """What the history says of an evaluation.
-
-    Args:
-        float_result, result: on the same images.
-        worst: of how many images, those with the largest error, the numbers are given.
-    """
-    comparison = compare(float_result, result)
-    errors = relative_errors(float_result.logits, result.logits)
-    ranked = sorted(range(len(errors)), key=lambda i: (-rounded(float(errors[i])), i))[:worst]
-    assert result.indices is not None
-    return {
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": rounded(result.loss),
-        "images": result.images,
-        "top1_difference": rounded(comparison.top1_difference),
-        "top1_standard_error": rounded(comparison.top1_standard_error),
-        "agreement": comparison.agreement,
-        "logit_sqnr_db": rounded(comparison.logit_sqnr_db),
-        "worst": sorted(int(result.indices[i]) for i in ranked),
-    }
-
-
-def pack(stats: ModelStats, float_result: Result) -> dict[str, bytes]:
-    """Statistics and float outputs as files, from which a bench elsewhere is made."""
-    with TemporaryDirectory() as folder:
-        path = save_stats(stats, Path(folder) / STATS_FILE)
-        paths = [path, *(p for p in [histograms_path(path)] if p.exists())]
-        files = {p.name: p.read_bytes() for p in paths}
-    content = io.BytesIO()
-    assert float_result.indices is not None
-    np.savez_compressed(
-        content,
-        logits=float_result.logits.numpy(),
-        labels=float_result.labels.numpy(),
-        indices=float_result.indices.numpy(),
-        seconds=float_result.seconds,
-    )
-    return files | {FLOAT_FILE: content.getvalue()}
-
-
-def unpack(files: Mapping[str, bytes]) -> tuple[ModelStats, Result]:
-    """What pack was given."""
-    with TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        stats = read_stats(Path(folder) / STATS_FILE)
-    with np.load(io.BytesIO(files[FLOAT_FILE])) as arrays:
-        labels, logits, indices = (torch.from_numpy(arrays[n]) for n in ("labels", "logits", "indices"))
-        return stats, steps.summarize(labels, logits, float(arrays["seconds"]), indices)
 
 
 @dataclass(frozen=True)

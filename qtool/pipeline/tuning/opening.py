@@ -32,7 +32,8 @@ from qtool.pipeline.inputs import (
 from qtool.pipeline.passes import evaluate_images
 from qtool.pipeline.ranges import Ranges, find_ranges, find_stats
 from qtool.pipeline.searches import images_sha256
-from qtool.pipeline.tuning.bench import Parts, pack, split, unpack
+from qtool.pipeline.tuning.bench import Parts, split
+from qtool.pipeline.tuning.files import pack, unpack
 from qtool.pipeline.tuning.space import check_space, tuning_space
 from qtool.quantizers.plan import plan_model
 from qtool.search.history import History

@@ -17,7 +17,7 @@ from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.tuning.bench import Bench, MakeBench, Parts
 from qtool.pipeline.tuning.opening import RAY, inputs_of, open_parts, open_tuning, versions
 from qtool.pipeline.tuning.report import candidate_words, line_of
-from qtool.pipeline.tuning.result import conclude
+from qtool.pipeline.tuning.result import conclude, goal_of
 from qtool.pipeline.tuning.space import config_of
 from qtool.search.goals import Goal
 from qtool.search.history import Entry, History, open_history
@@ -51,12 +51,6 @@ def tune(config: Config) -> tuple[runs.Outcome, bool]:
             history.put_fact("goal", _goal_fact(config, bench))
             tuned = _tuned(config, parts, bench, history)
             return conclude(config, opened, bench, history, tuned, folder)
-
-
-def goal_of(config: Config) -> Goal:
-    """The accuracy that is to be kept."""
-    asked = config.tuning
-    return Goal(asked.goal_metric, asked.max_drop, asked.relative_drop)
 
 
 def _goal_fact(config: Config, bench: Bench) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What a bench tells of two evaluations, and what travels to other processes."""
+"""What is told of evaluations, and what travels to other processes."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 import qtool
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.steps import summarize
-from qtool.pipeline.tuning.bench import numbers, pack, relative_errors, rows_of, unpack
+from qtool.pipeline.tuning.files import pack, unpack
+from qtool.pipeline.tuning.numbers import numbers, relative_errors, rows_of
 
 
 def result(logits: list[list[float]], labels: list[int], indices: list[int]):
