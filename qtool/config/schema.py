@@ -324,6 +324,10 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
     PositiveFloat: _positive,
     NonNegativeFloat: _from_zero,
     Words: _words,
-    WorkersOf: lambda kind: {"type": ["integer", "string", "null"], "pattern": r"^(ray|(ray:)?0*[1-9]\d*)$"},
+    WorkersOf: lambda kind: {
+        "type": ["integer", "string", "null"],
+        "minimum": 1,
+        "pattern": r"^(ray|(ray:)?0*[1-9]\d*)$",
+    },
     ThresholdType: _threshold,
 }
