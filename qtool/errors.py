@@ -40,6 +40,10 @@ class ShareError(QtoolError):
     """What went wrong in the share of one process, which the others do not know."""
 
 
+class WorkerError(QtoolError):
+    """Workers that do trials die again and again."""
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """The candidates spelled most like name, as `; did you mean 'a' or 'b'?`, or nothing.
 

@@ -20,7 +20,8 @@ from qtool.cli.commands import (
 from qtool.cli.commands import pipeline_module as _pipeline
 from qtool.cli.commands import print_text as _print
 from qtool.cli.stats import stats
-from qtool.config import DEVICE_OPTIONS, Config, load_config
+from qtool.cli.tune import OwnArgument, TuneCommand, add_below
+from qtool.config import DEVICE_OPTIONS, Config, load_config, refuse_given
 from qtool.config.options import PositiveFloat
 from qtool.memory import keep_freed_memory
 
@@ -185,6 +186,35 @@ def search_clipping(config_file: Path | None, **flags: Any) -> None:
         qtool search-clipping -a resnet18 --pretrained --qe-bits-acts 4 /data/imagenet
     """
     _print(_pipeline("search_clipping").run(_config(config_file, flags)).text)
+
+
+@main.group(cls=TuneCommand, invoke_without_command=True, subcommand_metavar="| COMMAND [ARGS]...")
+@click.argument("path", metavar="[DATA]", required=False, type=click.Path(path_type=Path), cls=OwnArgument)
+@config_options(
+    "model", "data", "calibration", "quantizers", "corrections", "tuning", "mixed", "evaluation", "run"
+)
+def tune(config_file: Path | None, **flags: Any) -> None:
+    """Find settings that keep the accuracy; the exit code is 1 if none that were tried do.
+
+    The quantization flags say where to start. Which images chose and which validated is said at the end.
+    With --bits it chooses bits for each layer within a budget instead.
+
+    \b
+    Example:
+        qtool tune -a resnet18 --pretrained --qe-bits-wts 6 --qe-bits-acts 6 --max-drop 0.5 /data/imagenet
+    """
+    config = _config(config_file, flags)
+    if config.mixed.choices is not None:
+        refuse_given(config, ("tuning",), "keeps an accuracy, and --bits a budget; leave out --bits")
+        _print(_pipeline("mixed_precision").find_bits(config).text)
+        return
+    outcome, met = _pipeline("tuning.run").tune(config)
+    _print(outcome.text)
+    if not met:
+        raise SystemExit(1)
+
+
+add_below(tune)
 
 
 @main.command(cls=QtoolCommand)

@@ -183,12 +183,16 @@ class SpellingOption(QtoolOption):
 
 
 def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the flags of some sections, and -c."""
+    """Give a command the flags of some sections, and -c; of a flag in two of them, the later one's."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         described = [item for name in sections for item in options_of(SECTIONS[name])]
+        taken: set[str] = set()
         for name, default, opt in reversed(described):
-            if not opt.flags:
+            # A flag that two sections have, such as --workers, is that of the later one.
+            flags = [flag for flag in opt.flags if flag not in taken]
+            taken.update(flags)
+            if not flags:
                 continue
             has_default = not (default is None or default is False or default == ())
             shown = opt.shown_default or (str(default) if has_default else None)
@@ -202,7 +206,7 @@ def config_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
                     help=help_text,
                 )(command)
             command = click.option(
-                *opt.flags,
+                *flags,
                 name,
                 cls=QtoolOption,
                 type=None if opt.is_flag else opt.type,

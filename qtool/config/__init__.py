@@ -25,7 +25,9 @@ from qtool.config.sections import (
     RunConfig,
     SearchConfig,
     SensitivityConfig,
+    TuningConfig,
 )
+from qtool.config.tuning import check_tuning
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -45,11 +47,13 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "SensitivityConfig",
+    "TuningConfig",
     "absolute_arch",
     "check",
     "check_conversion",
     "check_evaluation",
     "check_search",
+    "check_tuning",
     "dump_config",
     "dump_quantizers",
     "layer_specs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -207,3 +207,46 @@ OUTPUT = click.Path(path_type=Path)
 def is_input_path(described: Option) -> bool:
     """Whether an option's value names a file or folder to read."""
     return described.type is FILE
+
+
+class NonNegativeFloat(click.ParamType[float]):
+    """A finite number from zero on."""
+
+    name = "float"
+
+    def __init__(self, maximum: float | None = None) -> None:
+        self.maximum = maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(click.FLOAT.convert(value, param, ctx))
+        # Written so that NaN fails too.
+        if not (0 <= number < float("inf")) or (self.maximum is not None and number > self.maximum):
+            wanted = "a number from 0 on" if self.maximum is None else f"in the range 0<=x<={self.maximum:g}"
+            self.fail(f"{value} is not {wanted}.", param, ctx)
+        return number
+
+
+class Words(click.ParamType[tuple[str, ...]]):
+    """Names separated by commas, each once."""
+
+    name = "name,name"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = tuple(choices)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        parts = value if isinstance(value, (tuple, list)) else str(value).split(",")
+        words = tuple(str(part).strip() for part in parts)
+        for word in words:
+            if word not in self.choices:
+                self.fail(f"{word!r} is not one of {', '.join(self.choices)}.", param, ctx)
+        if len(set(words)) < len(words):
+            self.fail(f"{','.join(words)} names something twice.", param, ctx)
+        return words
+
+
+# What is read, and what is written.
+FILE = click.Path(path_type=Path)
+OUTPUT = click.Path(path_type=Path)

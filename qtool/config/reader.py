@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qtool.config.distiller import OLD_KEYS, QUANTIZER_CLASS, WITHOUT_EFFECT, as_settings, find_quantizer
-from qtool.config.options import Counts, Numbers, Option, Shape, is_input_path, options_of
+from qtool.config.options import Counts, Numbers, Option, Shape, Words, is_input_path, options_of
 from qtool.config.sections import (
     DEVICE_OPTIONS,
     INPUT_SETTINGS,
@@ -229,7 +229,7 @@ def _convert(described: Option, value: Any) -> Any:
     if described.multiple:
         items: Iterable[Any] = value if isinstance(value, list) else [value]
         return tuple(str(_convert_text(described, item)) for item in items)
-    if isinstance(value, list) and isinstance(described.type, Counts | Numbers | Shape):
+    if isinstance(value, list) and isinstance(described.type, Counts | Numbers | Shape | Words):
         value = ",".join(str(item) for item in value)
     return _convert_text(described, value)
 

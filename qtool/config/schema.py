@@ -17,6 +17,7 @@ from qtool.config.options import (
     Bits,
     Counts,
     FloatBits,
+    NonNegativeFloat,
     Numbers,
     Option,
     Pair,
@@ -24,10 +25,12 @@ from qtool.config.options import (
     Shape,
     Share,
     Widths,
+    Words,
     options_of,
 )
 from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, QuantizeConfig
 from qtool.config.sections.corrections import METHODS, Method
+from qtool.config.sections.tuning import WorkersOf
 from qtool.config.wording import default_of_key, help_of_key
 from qtool.numerics.spec import MAX_BITS, MIN_BITS
 
@@ -252,6 +255,19 @@ def _positive(kind: Any) -> Schema:
     return {"type": ["number", "null"], "exclusiveMinimum": 0, **limit}
 
 
+def _from_zero(kind: Any) -> Schema:
+    limit = {} if kind.maximum is None else {"maximum": kind.maximum}
+    return {"type": ["number", "null"], "minimum": 0, **limit}
+
+
+def _words(kind: Any) -> Schema:
+    one = "|".join(kind.choices)
+    words = [*kind.choices, *(int(word) for word in kind.choices if word.isdigit())]
+    as_text = {"type": "string", "pattern": rf"^\s*({one})(\s*,\s*({one}))*\s*$"}
+    as_list = {"type": "array", "items": {"enum": words}, "minItems": 1, "uniqueItems": True}
+    return {"anyOf": [{"enum": [*words, None]}, as_text, as_list]}
+
+
 def _list_of_numbers(count: int | None) -> Schema:
     limits = {"minItems": count or 1, **({} if count is None else {"maxItems": count})}
     repeats = "*" if count is None else f"{{{count - 1}}}"
@@ -311,6 +327,13 @@ _KINDS: dict[type, Callable[[Any], Schema]] = {
         "type": ["number", "null"],
         "minimum": 0,
         "exclusiveMaximum" if kind.below_one else "maximum": 1,
+    },
+    NonNegativeFloat: _from_zero,
+    Words: _words,
+    WorkersOf: lambda kind: {
+        "type": ["integer", "string", "null"],
+        "minimum": 1,
+        "pattern": r"^(ray|(ray:)?0*[1-9]\d*)$",
     },
     ThresholdType: _threshold,
 }

@@ -356,7 +356,7 @@ def finish(
     record: dict[str, Any],
     evaluation: Images,
     results: dict[str, Result],
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write what a run has found, the results last."""
     if config.run.save_predictions is not None and ranks.first:

@@ -207,20 +207,23 @@ def search_inputs(
     config: Config, subject: Subject, traced: fx.GraphModule, stats: ModelStats, searched: SearchedOn
 ) -> dict[str, Any]:
     """What the numbers of a search depend on, apart from its own settings."""
-    dataset = searched.images.dataset
-    digest = hashlib.sha256()
-    for index in searched.images.indices:
-        digest.update(
-            f"{dataset.path_of(index)}\0{dataset.labels[index]}\n".encode("utf-8", "surrogateescape")
-        )
     quantizers = replace(config.quantizers, stats_file=None)
     return {
         "network": [subject.arch, weights_sha256(traced)],
         "statistics": hashlib.sha256(write_stats(stats).encode()).hexdigest(),
-        "images": [len(searched.images.indices), digest.hexdigest()],
+        "images": [len(searched.images.indices), images_sha256(searched.images)],
         "preprocessing": repr(subject.preprocessing),
         "batch size": config.data.batch_size,
         "quantizers": yaml.safe_load(dump_quantizers(quantizers))["quantizers"],
         "device": config.run.chosen_device,
         "versions": [torch.__version__, scipy.__version__],
     }
+
+
+def images_sha256(images: Images) -> str:
+    """Of the paths and labels of some images, in order."""
+    digest = hashlib.sha256()
+    for index in images.indices:
+        line = f"{images.dataset.path_of(index)}\0{images.dataset.labels[index]}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -172,12 +172,23 @@ def evaluate(
         raise DataError(NO_IMAGES)
     _, labels, logits, numbers = zip(*whole, strict=True)
     known = [n for n in numbers if n is not None]
-    return _summarize(
+    return summarize(
         torch.cat(labels), torch.cat(logits), max(s for _, s in shares), torch.cat(known) if known else None
     )
 
 
-def _summarize(labels: Tensor, logits: Tensor, seconds: float, indices: Tensor | None) -> Result:
+def summarize(labels: Tensor, logits: Tensor, seconds: float, indices: Tensor | None) -> Result:
+    """The result of an evaluation whose logits are known.
+
+    Args:
+        labels: (N,), int64.
+        logits: (N, classes), float32.
+        seconds: that they took.
+        indices: (N,), numbers of the images in their dataset, or None.
+
+    Raises:
+        DataError: if there are labels that the network has no output for.
+    """
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         wrong = int(labels.min() if int(labels.min()) < 0 else labels.max())
         raise DataError(

@@ -16,6 +16,7 @@ from qtool.config.sections.quantizers import INPUT_SETTINGS, OVERRIDABLE, Quanti
 from qtool.config.sections.run import DEVICE_OPTIONS, RunConfig
 from qtool.config.sections.searches import LapqConfig, SearchConfig
 from qtool.config.sections.sensitivity import SensitivityConfig
+from qtool.config.sections.tuning import TuningConfig
 
 __all__ = [
     "DEVICE_OPTIONS",
@@ -43,6 +44,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "SensitivityConfig",
+    "TuningConfig",
 ]
 
 # Sections that may be written as a list, and the option that it is.
@@ -55,6 +57,7 @@ SECTIONS: dict[str, type] = {
     "corrections": CorrectionsConfig,
     "lapq": LapqConfig,
     "search": SearchConfig,
+    "tuning": TuningConfig,
     "conversion": ConversionConfig,
     "evaluation": EvaluationConfig,
     "finetuning": FinetuningConfig,
@@ -78,6 +81,7 @@ class Config:
     corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     lapq: LapqConfig = field(default_factory=LapqConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
