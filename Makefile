@@ -26,7 +26,8 @@ check: install  ## lint, format, types, and whether the README's flags and the s
 	$(PY) scripts/readme_flags.py --check && $(PY) scripts/write_schemas.py --check
 
 test: install  ## run all tests; ARGS='-m "not slow"' for the quick ones
-	$(PY) -m pytest $(ARGS)
+	@# A process for each core, on one thread each: small networks do not gain from more.
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 coverage: install  ## run all tests, and list the lines and branches they miss
 	$(PY) -m coverage run -m pytest $(ARGS) && $(PY) -m coverage report
