@@ -82,9 +82,39 @@ def test_a_conversion_is_compared_too(run):
     assert "against the simulation on 2 images" in stdout and (folder / "parity.yaml").is_file()
 
 
+def test_a_compile_that_fails_is_said_in_one_line(run, monkeypatch):
+    import torch
+
+    def fail(program):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    stdout, stderr, results, _ = run("quantize", *SMALL, *SYMMETRIC, "--compile")
+    assert results["engine"]["taken"] == "simulate" and results["engine"]["compiled"] is False
+    line = "not compiled: no C++ compiler that works was found; install one, such as g++, or name it in CXX"
+    assert line in stderr and f"engine simulate: {line}" in stdout
+
+
+def test_what_was_compiled_is_what_is_evaluated(run, monkeypatch):
+    import torch
+
+    from qtool.deploy.compiled import CompiledModel
+
+    monkeypatch.setattr(torch, "compile", lambda program: program)
+    seen = []
+    forward = CompiledModel.forward
+    monkeypatch.setattr(CompiledModel, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    stdout, _, results, folder = run("quantize", *SMALL, *SYMMETRIC, "--compile")
+    assert results["engine"] == {"asked": "simulate", "taken": "simulate", "compiled": True}
+    assert len(seen) == 2 and "engine simulate: compiled" in stdout  # tried out, and evaluated
+    plain = run("evaluate", "--checkpoint", folder / "quantized_checkpoint.pth.tar", *SMALL[:2])[2]
+    assert plain["quantized"]["loss"] == results["quantized"]["loss"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("--engine", "int8", "--compile"), "--compile: compiles the simulation, and --engine int8 runs"),
         (("--engine", "int8", "--qept"), "--engine int8: --qe-convert-pytorch evaluates int8 kernels beside"),
         (("--verify", "3"), "--verify: compares int8 kernels with the simulation, and only the simulation"),
         (("--engine", "int8", "--qe-dynamic"), "--engine int8: int8 kernels need grids that are known"),

@@ -26,6 +26,11 @@ def check_evaluation(config: Config) -> None:
         )
     if engine != INT8:
         return
+    if config.evaluation.compile:
+        raise ConfigError(
+            "--compile: compiles the simulation, and --engine int8 runs kernels that are compiled already; "
+            "leave out one of the two"
+        )
     if config.quantizers.dynamic:
         raise ConfigError(
             "--engine int8: int8 kernels need grids that are known beforehand, and --qe-dynamic finds them "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.config import Config
 from qtool.data.loader import make_loader
+from qtool.deploy.compiled import compiled
 from qtool.deploy.engine import AUTO, INT8, SIMULATE, Engine, choose_engine
 from qtool.deploy.native import INT8 as ON_KERNEL
 from qtool.deploy.native import NativeModel
@@ -40,9 +41,10 @@ def check_engine(config: Config, subject: Subject) -> None:
         ConfigError: naming the flag.
     """
     asked = config.evaluation.engine
-    if asked != SIMULATE and subject.form != "quantized":
+    flag = f"--engine {asked}" if asked != SIMULATE else "--compile" if config.evaluation.compile else ""
+    if flag and subject.form != "quantized":
         raise ConfigError(
-            f"--engine {asked}: {subject.weights} is {subject.form}; 'qtool evaluate' takes a quantized "
+            f"{flag}: {subject.weights} is {subject.form}; 'qtool evaluate' takes a quantized "
             "model that a run has saved, 'qtool quantize' quantizes first"
         )
 
@@ -55,13 +57,29 @@ def open_engine(config: Config, model: QuantizedModel, evaluation: Images) -> En
     """
     asked = config.evaluation.engine
     if asked == SIMULATE:
-        return Engine(SIMULATE, model)
+        return _compiled(config, Engine(SIMULATE, model), evaluation)
     if asked == AUTO and config.run.chosen_device != "cpu":
         why = f"torch's int8 kernels run on the CPU, not on {config.run.chosen_device}"
-        return _said(Engine(SIMULATE, model, why))
+        return _said(_compiled(config, Engine(SIMULATE, model, why), evaluation))
     images = next(first_batches(config, evaluation, COMPARED)) if asked == AUTO else None
     with torch.no_grad():
-        return _said(choose_engine(model, asked, images))
+        engine = choose_engine(model, asked, images)
+    return _said(engine if engine.name == INT8 else _compiled(config, engine, evaluation))
+
+
+def _compiled(config: Config, engine: Engine, evaluation: Images) -> Engine:
+    """The simulation through torch.compile if that is asked for; it says so where it is not to be had."""
+    if not config.evaluation.compile:
+        return engine
+    device = config.run.chosen_device
+    images = next(first_batches(config, evaluation, config.data.batch_size)).to(device)
+    LOG.info("compiling the simulation; this takes a minute or more")
+    network, why = compiled(evaluable(engine.network, device), images)
+    if why:
+        LOG.info("not compiled: %s", why)
+        why = "; ".join(filter(None, [engine.why, f"not compiled: {why}"]))
+        return replace(engine, why=why)
+    return replace(engine, network=network, compiled=True)
 
 
 def _said(engine: Engine) -> Engine:
@@ -84,12 +102,14 @@ def engine_text(engine: Engine) -> str:
     if engine.name == INT8:
         assert engine.native is not None
         return f"engine int8, {layers_text(engine.native)}"
-    return f"engine simulate: {engine.why}" if engine.why else ""
+    words = "; ".join(filter(None, ["compiled" if engine.compiled else "", engine.why]))
+    return f"engine simulate: {words}" if words else ""
 
 
 def engine_record(config: Config, engine: Engine) -> dict[str, Any]:
     """The same for results.json."""
     record: dict[str, Any] = {"asked": config.evaluation.engine, "taken": engine.name}
+    record |= {"compiled": engine.compiled} if config.evaluation.compile else {}
     record |= {"why": engine.why} if engine.why else {}
     if engine.name == INT8 and engine.native is not None:
         layers = engine.native.layers.values()

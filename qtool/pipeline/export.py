@@ -12,13 +12,17 @@ import torch
 from torch import nn
 
 from qtool.config import Config
-from qtool.config.sections.export import ENCODINGS, ONNX, ONNX_FLOAT, ExportConfig
+from qtool.config.sections.export import ENCODINGS, ONNX, ONNX_FLOAT, PT2E, ExportConfig
 from qtool.deploy.onnx import Written, float_model, qdq_model, to_model
 from qtool.deploy.onnx.encodings import encodings
 from qtool.deploy.onnx.extra import load_extra
 from qtool.deploy.onnx.files import to_bytes
 from qtool.deploy.onnx.parity import differences_text, onnx_parity
 from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.deploy.pt2e import files as program_files
+from qtool.deploy.pt2e import reference, to_program
+from qtool.deploy.pt2e.lowered import int8_operations, load_lowering, lowered
+from qtool.deploy.pt2e.parity import program_parity
 from qtool.errors import ConfigError
 from qtool.graph.fold import fold_batch_norms
 from qtool.pipeline.engine import first_batches
@@ -33,13 +37,19 @@ from qtool.pipeline.inputs import (
 from qtool.pipeline.passes import evaluate_images
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.runs import RESULTS_FILE, Outcome, check_before_work, finite
+from qtool.pipeline.steps import example_input
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import compare, table
 from qtool.run_dir import write_text, write_whole
 
 LOG = logging.getLogger("qtool")
 
-FILES = {ONNX: "quantized.onnx", ONNX_FLOAT: "float.onnx", ENCODINGS: "encodings.json"}
+FILES = {
+    ONNX: "quantized.onnx",
+    ONNX_FLOAT: "float.onnx",
+    ENCODINGS: "encodings.json",
+    PT2E: "quantized.pt2",
+}
 # Images whose integers are compared layer by layer; every layer's are in memory at once.
 COMPARED = 8
 
@@ -53,12 +63,16 @@ class Export:
         network: the file's, as far as it can be run; None for grids alone.
         record: of what was written, for results.json.
         differences: layer by layer, given a batch: in words, and for results.json.
+        name: of its results.
+        runner: what runs it, in words.
     """
 
     content: bytes
     network: nn.Module | None
     record: dict[str, Any]
     differences: Callable[[torch.Tensor], tuple[str, dict[str, Any]]] | None = None
+    name: str = "onnx"
+    runner: str = "onnxruntime"
 
 
 def export(config: Config) -> Outcome:
@@ -92,21 +106,35 @@ def _check(config: Config) -> bool:
         ConfigError: naming the flag.
     """
     asked = config.export
+    is_onnx = asked.format in (ONNX, ONNX_FLOAT)
+    if not is_onnx and asked.opset != ExportConfig.opset:
+        raise ConfigError("--opset: is of --format onnx and onnx-float; leave it out")
+    verifies = asked.compared_images is not None or config.data.path is not None
+    _check_lowering(asked, verifies)
     if asked.format == ENCODINGS:
         if asked.compared_images is not None:
             raise ConfigError("--verify: grids alone compute nothing; --format onnx can be compared")
-        if asked.opset != ExportConfig.opset:
-            raise ConfigError("--opset: is of --format onnx and onnx-float; leave it out")
         return False
-    verifies = asked.compared_images is not None or config.data.path is not None
-    load_extra("onnx", f"--format {asked.format}")
+    if is_onnx:
+        load_extra("onnx", f"--format {asked.format}")
     if verifies:
-        load_extra("onnxruntime", "--verify")
+        if is_onnx:
+            load_extra("onnxruntime", "--verify")
         if config.run.chosen_device != "cpu":
             raise ConfigError(
                 f"--device: compares on the CPU, not on {config.run.chosen_device}; leave it out"
             )
     return verifies
+
+
+def _check_lowering(asked: ExportConfig, verifies: bool) -> None:
+    if not asked.lower:
+        return
+    if asked.format != PT2E:
+        raise ConfigError(f"--lower: is of --format {PT2E}; leave it out")
+    if not verifies:
+        raise ConfigError("--lower: what is compiled is compared, not written; add DATA or --verify N")
+    load_lowering()
 
 
 def _check_form(asked: ExportConfig, subject: Subject) -> None:
@@ -179,6 +207,30 @@ def _runnable(config: Config, content: bytes) -> nn.Module | None:
     return OnnxNetwork(content).eval() if _check(config) else None
 
 
+def _program(config: Config, subject: Subject) -> Export:
+    model = quantized_network(subject)
+    assert model is not None
+    network = reference(model)
+    program = to_program(network, example_input(subject.input_shape))
+
+    def differences(x: torch.Tensor) -> tuple[str, dict[str, Any]]:
+        layers = program_parity(model, network, x)
+        found = {name: asdict(layer) for name, layer in layers.items()}
+        return f"{differences_text(layers)}, on {len(x)} images", {"layers": found}
+
+    info: dict[str, Any] = {"layers": _layers(model)}
+    content = program_files.to_bytes(program, {"model": model_info(subject, subject.num_outputs()), **info})
+    runnable, runner = program.module(), "torch.export"
+    if config.export.lower:
+        LOG.info("lowering the program to int8 kernels; this takes a minute or more")
+        size = config.data.batch_size
+        runnable = lowered(runnable, torch.zeros(size, *subject.input_shape))
+        runner = f"torchao on {int8_operations()} int8 kernels"
+        info["lowered"] = {"batch_size": size, "int8_kernels": int8_operations()}
+    wrapped = program_files.ProgramNetwork(runnable, {}).eval()
+    return Export(content, wrapped, info, differences, PT2E, runner)
+
+
 def _encodings(_config: Config, subject: Subject) -> Export:
     model = quantized_network(subject)
     assert model is not None
@@ -191,19 +243,20 @@ _EXPORTERS: dict[str, Callable[[Config, Subject], Export]] = {
     ONNX: _quantized,
     ONNX_FLOAT: _float,
     ENCODINGS: _encodings,
+    PT2E: _program,
 }
 
 
 def _compared(config: Config, subject: Subject, made: Export, images: Images) -> tuple[str, dict[str, Any]]:
-    """What qtool and onnxruntime give for some images: in words, and for results.json."""
+    """What qtool and what runs the file give for some images: in words, and for results.json."""
     assert made.network is not None
-    ours = subject.form
+    ours, theirs = subject.form, made.name
     results = {
         ours: evaluate_images(config, subject.network, images, f"evaluating {ours}"),
-        "onnx": evaluate_images(config, made.network, images, "evaluating onnx"),
+        theirs: evaluate_images(config, made.network, images, f"evaluating {theirs}"),
     }
-    comparison = compare(results[ours], results["onnx"])
-    lines = [f"qtool and onnxruntime on {images.words}", table(results, comparison)]
+    comparison = compare(results[ours], results[theirs])
+    lines = [f"qtool and {made.runner} on {images.words}", table(results, comparison)]
     record: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
     record |= comparison.as_dict()
     if made.differences is not None:

@@ -22,6 +22,8 @@ from qtool.deploy.native.files import LoadedNative, from_file, is_native_file
 from qtool.deploy.onnx.files import from_file as from_onnx_file
 from qtool.deploy.onnx.files import is_onnx_file
 from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.deploy.pt2e.files import ProgramNetwork, is_program_file
+from qtool.deploy.pt2e.files import from_file as from_program_file
 from qtool.errors import ConfigError, DataError, ModelError
 from qtool.graph.fingerprint import tensors_sha256
 from qtool.graph.trace import trace
@@ -61,8 +63,13 @@ class Subject:
 
     @property
     def form(self) -> str:
-        """What it is: "float", "quantized", "native" on int8 kernels, or "onnx" in onnxruntime."""
-        forms = {QuantizedModel: "quantized", LoadedNative: "native", OnnxNetwork: "onnx"}
+        """What it is: float, quantized, native (on int8 kernels), onnx (in onnxruntime), pt2e (a program)."""
+        forms = {
+            QuantizedModel: "quantized",
+            LoadedNative: "native",
+            OnnxNetwork: "onnx",
+            ProgramNetwork: "pt2e",
+        }
         return forms.get(type(self.network), "float")
 
     def traced(self) -> fx.GraphModule:
@@ -113,10 +120,12 @@ def load_subject(config: Config) -> Subject:
     """The network that a config names, as open_subject does it, but without a warning."""
     asked = config.model
     content = None
+    if asked.checkpoint is not None and is_program_file(asked.checkpoint):
+        return _open_exported(config, asked.checkpoint, *from_program_file(asked.checkpoint))
     if asked.checkpoint is not None and is_native_file(asked.checkpoint):
         return _open_native(config, asked.checkpoint)
     if asked.checkpoint is not None and is_onnx_file(asked.checkpoint):
-        return _open_onnx(config, asked.checkpoint)
+        return _open_exported(config, asked.checkpoint, *from_onnx_file(asked.checkpoint))
     if asked.checkpoint is not None and not asked.pretrained:
         content = read_checkpoint(asked.checkpoint)
     if content is not None and is_quantized(content):
@@ -145,8 +154,9 @@ def _open_native(config: Config, path: Path) -> Subject:
     return _open_converted(config, path, network, network.info.get("model", {}), "a converted")
 
 
-def _open_onnx(config: Config, path: Path) -> Subject:
-    network, is_as_written = from_onnx_file(path)
+def _open_exported(
+    config: Config, path: Path, network: OnnxNetwork | ProgramNetwork, is_as_written: bool
+) -> Subject:
     if not is_as_written:
         LOG.warning("%s: has been changed since qtool wrote it; what follows is of the changed network", path)
     return _open_converted(config, path, network, network.info.get("model", {}), "an exported")

@@ -218,7 +218,11 @@ def evaluate(config: Config, ranks: Ranks = ALONE) -> Outcome:
 
 
 def _check_convertible(config: Config, subject: Subject) -> None:
-    kernels = {"native": "torch's int8 kernels, which are", "onnx": "onnxruntime, which is here"}
+    kernels = {
+        "native": "torch's int8 kernels, which are",
+        "onnx": "onnxruntime, which is here",
+        "pt2e": "a program that was exported",
+    }
     if subject.form in kernels and config.run.chosen_device != "cpu":
         raise ConfigError(
             f"--device: {subject.weights} runs on {kernels[subject.form]} for the CPU; leave it out"

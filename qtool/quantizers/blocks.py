@@ -19,6 +19,8 @@ def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
         [2, 2, 1]
     """
     first = tensors[0]
+    if torch.compiler.is_compiling():  # one loop over all passes needs no parts
+        return [tensors]
     if first.device.type != "cpu" or first.dim() < 2 or first.numel() <= BLOCK:
         return [tensors]
     if any(t.requires_grad for t in tensors):  # parts of such a tensor cannot be written to

@@ -338,7 +338,9 @@ class QuantAdd(_Rescaling):
     """The sum of two or more quantized tensors."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if any(x.shape != inputs[0].shape or x.requires_grad for x in inputs):
+        if torch.compiler.is_compiling() or any(
+            x.shape != inputs[0].shape or x.requires_grad for x in inputs
+        ):
             return self._sum(inputs)
         result = torch.empty_like(inputs[0])
         for out, *parts in blocks(result, *inputs):

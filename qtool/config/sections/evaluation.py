@@ -23,6 +23,13 @@ class EvaluationConfig:
         "those where they do most of the work within the tolerance (auto).",
         "--engine",
     )
+    compile: bool = option(
+        False,
+        click.BOOL,
+        "Put the simulation through torch.compile, which takes a C++ compiler and a minute or more; where "
+        "that fails it runs as it is.",
+        "--compile",
+    )
     verify: int | None = option(
         None,
         click.IntRange(min=1),

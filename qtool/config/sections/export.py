@@ -8,8 +8,8 @@ import click
 
 from qtool.config.options import Counts, option
 
-ONNX, ONNX_FLOAT, ENCODINGS = "onnx", "onnx-float", "encodings"
-FORMATS = (ONNX, ONNX_FLOAT, ENCODINGS)
+ONNX, ONNX_FLOAT, ENCODINGS, PT2E = "onnx", "onnx-float", "encodings", "pt2e"
+FORMATS = (ONNX, ONNX_FLOAT, ENCODINGS, PT2E)
 OLDEST_OPSET, NEWEST_OPSET = 18, 21
 
 
@@ -21,7 +21,7 @@ class ExportConfig:
         ONNX,
         click.Choice(FORMATS),
         "What to write: the quantized network as ONNX with QuantizeLinear and DequantizeLinear, the float "
-        "network as ONNX, or the grids as JSON.",
+        "network as ONNX, the grids as JSON, or the quantized network as a torch.export program.",
         "--format",
     )
     opset: int = option(
@@ -33,10 +33,16 @@ class ExportConfig:
     compared_images: int | None = option(
         None,
         click.IntRange(min=1),
-        "Run the file in onnxruntime on this many evaluation images, and compare that with qtool's results.",
+        "Run the file on this many evaluation images, ONNX in onnxruntime, and compare with qtool's results.",
         "--verify",
         metavar="N",
         shown_default="all if DATA is given, else none",
+    )
+    lower: bool = option(
+        False,
+        click.BOOL,
+        "Compare the pt2e program as torchao lowers it to x86's int8 kernels, compiled for the batch size.",
+        "--lower",
     )
 
 

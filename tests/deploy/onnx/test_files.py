@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import qtool
-from qtool.deploy.onnx import qdq_model, to_model
+from qtool.deploy.onnx import float_model, qdq_model, to_model
 from qtool.deploy.onnx.files import ENTRY, from_file, to_bytes
 from qtool.errors import ModelError
+from qtool.graph.fold import fold_batch_norms
 
 
 @pytest.fixture
@@ -42,6 +43,26 @@ def test_a_file_runs_in_a_fresh_process_that_cannot_import_qtool(exported, tmp_p
         expected = model(x)
     step = float(model.plan.layers["fc"].output.scale)
     assert (torch.from_numpy(np.load(tmp_path / "y.npy")) - expected).abs().max() <= 1.01 * step
+
+
+def test_a_float_file_runs_in_a_fresh_process_that_cannot_import_qtool(tiny_net, tiny_batches, tmp_path):
+    folded = fold_batch_norms(qtool.trace(tiny_net, tiny_batches[0])).traced
+    proto = to_model(float_model(folded, (3, 8, 8)), "tiny")
+    (tmp_path / "tiny.onnx").write_bytes(to_bytes(proto, {"model": {"arch": "tiny"}}))
+    np.save(tmp_path / "x.npy", tiny_batches[0].numpy())
+    program = (
+        "import sys, numpy as np, onnxruntime\n"
+        "sys.modules['qtool'] = None\n"
+        "s = onnxruntime.InferenceSession('tiny.onnx', providers=['CPUExecutionProvider'])\n"
+        "np.save('y.npy', s.run(None, {'x': np.load('x.npy')})[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = tiny_net(tiny_batches[0])
+    assert torch.allclose(torch.from_numpy(np.load(tmp_path / "y.npy")), expected, atol=1e-4)
 
 
 def test_a_file_is_read_back_as_it_was_written(exported):
