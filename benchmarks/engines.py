@@ -1,72 +1,111 @@
-"""What evaluation costs: the simulation and the int8 engine against the float network.
+"""What evaluation costs: the simulation, the int8 engine and the converted network against the float network.
 
-    python benchmarks/engines.py benchmarks/engines.md
-    QTOOL_DATA=path/to/data python benchmarks/engines.py benchmarks/engines.md --images 1000
+    QTOOL_DATA=path/to/data python benchmarks/engines.py benchmarks/engines.md
+    python benchmarks/engines.py benchmarks/engines.md --only 'speed/resnet18/*' --only 'images/*/8'
 
-Random weights and noise of 224 x 224 in memory; asym_u activations, symmetric weights per channel,
+Speed: random weights and noise of 224 x 224 in memory; asym_u activations, symmetric weights per channel,
 calibrated on two images. Each round runs every network once, one after the other; a time is the least of all
-rounds, a ratio is to the plain eager float network in the same process. Networks share a process that keeps
-freed memory, as the command line does; below them stands the same with glibc's default. With --images, also
-networks with trained weights on so many real images: by the simulation and by the int8 engine, through
-`qtool quantize` and `qtool evaluate`.
+rounds, a ratio is to the plain eager float network in the same process. `native` is the file of
+--qe-convert-pytorch as torch.jit.load reads it, `torch FX` torch's own int8 network of the same engine (x86),
+by torch.ao.quantization.quantize_fx. Networks share a process that keeps freed memory, as the command line
+does; beside them stands the same with glibc's default.
+
+Real images: trained weights, calibrated on 256 images of imagenet-sample, evaluated on the first images of
+imagenet-nips2017 by the simulation, the int8 engine and the converted network.
+
+What has been measured lies beside RESULT in a JSON file, a row for each name; it is not measured again.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import qtool
+from qtool.deploy.engine import INT8, choose_engine
+from qtool.deploy.native import convert
+from qtool.deploy.native.files import from_file, to_file
+from qtool.deploy.parity import parity
 from qtool.run_dir import write_text
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")
 BITS = (8, 6, 4)
-ENGINES = ("simulate", "int8")
+BATCHES = (32, 1)
+THREADS = (1, 2)
+MEMORY = ("keep", "default")
 SIDE = 224
-COLUMNS = [f"{engine} W{bits}A{bits}" for engine in ENGINES for bits in BITS]
-HEAD = f"| network | float, ms an image | {' | '.join(COLUMNS)} |"
-SEPARATOR = "|---" * (2 + len(COLUMNS)) + "|"
-SETTINGS = "--qe-mode asym_u --qe-mode-wts sym --qe-per-channel"
+FX = "torch FX W8A8"
+COLUMNS = [f"{form} W{bits}A{bits}" for form in ("simulate", "int8", "native") for bits in BITS] + [FX]
+COMPARED = 16
+
+Rows = dict[str, Any]
 
 
-def networks(arch: str, batch: int) -> tuple[Tensor, dict[str, nn.Module]]:
-    """A batch, the float network, and every quantized one on every engine, by column."""
+def quantized(traced: torch.fx.GraphModule, stats: Any, bits: int) -> Any:
+    """A network as this benchmark quantizes it."""
+    config = qtool.QuantizeConfig(
+        mode="asym_u", mode_weights="sym", per_channel_weights=True, bits_weights=bits, bits_activations=bits
+    )
+    return qtool.quantize(traced, stats, config)
+
+
+def networks(arch: str) -> dict[str, nn.Module]:
+    """The float network, and every quantized one in every form, by column."""
     torch.manual_seed(0)
     net = torchvision.models.get_model(arch, weights=None).eval()
-    x = torch.randn(batch, 3, SIDE, SIDE)
-    traced = qtool.trace(net, x[:2] if batch > 1 else x.expand(2, -1, -1, -1))
-    stats = qtool.calibrate(traced, [torch.randn(2, 3, SIDE, SIDE)])
+    noise = torch.randn(2, 3, SIDE, SIDE)
+    traced = qtool.trace(net, noise)
+    stats = qtool.calibrate(traced, [noise])
     found: dict[str, nn.Module] = {"float": net}
     for bits in BITS:
-        config = qtool.QuantizeConfig(
-            mode="asym_u",
-            mode_weights="sym",
-            per_channel_weights=True,
-            bits_weights=bits,
-            bits_activations=bits,
-        )
-        quantized = qtool.quantize(traced, stats, config)
-        found |= {f"{e} W{bits}A{bits}": qtool.evaluator(quantized, e) for e in ENGINES}
-    return x, found
+        model = quantized(traced, stats, bits)
+        found[f"simulate W{bits}A{bits}"] = model
+        found[f"int8 W{bits}A{bits}"] = qtool.evaluator(model, INT8)
+        found[f"native W{bits}A{bits}"] = as_file(model, noise)
+    found[FX] = fx_quantized(net, noise)
+    return found
+
+
+def as_file(model: Any, noise: Tensor) -> nn.Module:
+    """What a user loads who was given the converted network."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "native_int8.pt"
+        path.write_bytes(to_file(convert(model), noise))
+        return from_file(path)
+
+
+def fx_quantized(net: nn.Module, noise: Tensor) -> nn.Module:
+    """torch's own int8 network of the engine x86, its default settings."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.quantized.engine = "x86"
+        prepared = prepare_fx(net, get_default_qconfig_mapping("x86"), (noise,))
+        prepared(noise)
+        converted: nn.Module = convert_fx(prepared)
+        return converted
 
 
 @torch.no_grad()
-def speed(arch: str, batch: int, rounds: int) -> dict[str, float]:
+def speed(found: dict[str, nn.Module], batch: int, threads: int, rounds: int) -> dict[str, float]:
     """The least seconds for a batch of each network, after one round to warm up."""
-    x, found = networks(arch, batch)
+    torch.set_num_threads(threads)
+    x = torch.randn(batch, 3, SIDE, SIDE)
     least = dict.fromkeys(found, float("inf"))
     for number in range(rounds + 1):
         for name, network in found.items():
@@ -77,135 +116,165 @@ def speed(arch: str, batch: int, rounds: int) -> dict[str, float]:
     return least
 
 
-def row(arch: str, batch: int, threads: int, keep: bool, rounds: int) -> str:
-    """A line of the table, measured in a process of its own."""
-    job = json.dumps({"arch": arch, "batch": batch, "threads": threads, "keep": keep, "rounds": rounds})
-    text = _run([sys.executable, __file__, "-", "--job", job], OMP_NUM_THREADS=str(threads))
-    least = json.loads(text.splitlines()[-1])
-    ratios = " | ".join(f"{least[column] / least['float']:.3f}" for column in COLUMNS)
-    name = arch if keep else f"{arch}, default allocator"
-    line = f"| {name} | {1000 * least['float'] / batch:.2f} | {ratios} |"
-    click.echo(f"batch {batch}, {threads} threads: {line}", err=True)
-    return line
-
-
-def on_images(arch: str, bits: int, images: int, data: Path) -> str:
-    """Top-1 of the two engines on real images, calibrated on others, and how their integers differ."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        common = (
-            f"--classes {data}/imagenet-classes.txt --effective-test-size {images / 1000} -b 32 -j 1 "
-            f"-o {folder} {data}/imagenet-nips2017"
-        ).split()
-        crop = ["--crop", "225"] if arch == "mobilenet_v2" else []
-        asked = (
-            f"-a {arch} --checkpoint {data}/weights/{arch}.pth --calib-data {data}/imagenet-sample "
-            f"--calib-samples 128 {SETTINGS} --qe-bits-wts {bits} --qe-bits-acts {bits} --skip-float "
-            f"--engine int8 --verify 16 --save-predictions {folder}/int8.npz -n int8"
-        ).split()
-        int8 = _results("quantize", *asked, *crop, *common)
-        checkpoint = next(folder.glob("*/*quantized_checkpoint.pth.tar"))
-        predictions = f"--save-predictions {folder}/simulate.npz -n simulate".split()
-        simulate = _results("evaluate", "--checkpoint", str(checkpoint), *predictions, *common)
-        with np.load(folder / "int8.npz") as a, np.load(folder / "simulate.npz") as b:
-            different = int((a["quantized_prediction"] != b["quantized_prediction"]).sum())
-    top1 = [found["quantized"]["top1"] for found in (simulate, int8)]
-    count, parity = int8["quantized"]["images"], int8["parity"]
-    line = (
-        f"| {arch} | W{bits}A{bits} | {count} | {top1[0]:.2f} | {top1[1]:.2f} "
-        f"| {round(abs(top1[0] - top1[1]) * count / 100)} | {different} | {parity['first_different_layer']} "
-        f"| {parity['largest_difference']} | {100 * parity['least_equal']:.2f} |"
-    )
-    click.echo(line, err=True)
-    return line
-
-
-def _results(*args: str) -> dict[str, Any]:
-    text = _run([sys.executable, "-m", "qtool", *args])
-    return json.loads((Path(text.splitlines()[-1]) / "results.json").read_text())  # type: ignore[no-any-return]
-
-
-def _run(command: list[str], **environment: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    if done.returncode:
-        raise click.ClickException(done.stderr.strip()[-800:])
-    return done.stdout.strip()
-
-
-def _do(job: dict[str, Any]) -> None:
-    if job["keep"]:
+def measure_speed(names: list[str], rounds: int) -> None:
+    """Rows of one network and one way to treat memory, in this process; each is printed when it is there."""
+    _, arch, _, _, memory = names[0].split("/")
+    if memory == "keep":
         qtool.keep_freed_memory()
-    torch.set_num_threads(job["threads"])
-    click.echo(json.dumps(speed(job["arch"], job["batch"], job["rounds"])))
+    found = networks(arch)
+    for name in names:
+        batch, threads = (int(part.lstrip("bt")) for part in name.split("/")[2:4])
+        click.echo(json.dumps({name: speed(found, batch, threads, rounds)}))
 
 
-def speed_tables(
-    archs: tuple[str, ...], batches: tuple[int, ...], threads: tuple[int, ...], rounds: int
-) -> list[str]:
+@torch.no_grad()
+def measure_images(names: list[str], count: int) -> None:
+    """Rows of one network on real images, in this process."""
+    from benchmarks import networks as pretrained
+
+    qtool.keep_freed_memory()
+    subject = pretrained.load(names[0].split("/")[1])
+    stats = qtool.calibrate(subject.traced, subject.calibration)
+    batches = torch.cat(subject.images)[:count].split(pretrained.BATCH)
+    labels = subject.labels[:count]
+    for name in names:
+        model = quantized(subject.traced, stats, int(name.split("/")[2]))
+        native = choose_engine(model, INT8).native
+        assert native is not None
+        forms = {"simulate": model, "int8": native, "native": convert(model)}
+        logits = {form: torch.cat([network(x) for x in batches]) for form, network in forms.items()}
+        predicted = {form: values.argmax(1) for form, values in logits.items()}
+        layers = parity(model, native, batches[0][:COMPARED])
+        row = {
+            "images": len(labels),
+            "top1": {form: 100 * float((p == labels).double().mean()) for form, p in predicted.items()},
+            "differ": {form: int((p != predicted["simulate"]).sum()) for form, p in predicted.items()},
+            "first": next((n for n, layer in layers.items() if layer.in_network.largest), None),
+            "least_equal": min(layer.in_network.equal for layer in layers.values()),
+            "layers": {n: layer.in_network.equal for n, layer in layers.items()},
+        }
+        click.echo(json.dumps({name: row}))
+
+
+def all_names(archs: tuple[str, ...]) -> list[str]:
+    """Every row, those that share a process behind one another."""
+    speeds = [
+        f"speed/{arch}/b{batch}/t{threads}/{memory}"
+        for arch in archs
+        for memory in MEMORY
+        for batch in BATCHES
+        for threads in THREADS
+    ]
+    return speeds + [f"images/{arch}/{bits}" for arch in archs for bits in BITS]
+
+
+def together(name: str) -> tuple[str, str, str]:
+    """What the rows of one process have in common."""
+    part = name.split("/")
+    return part[0], part[1], part[-1] if part[0] == "speed" else ""
+
+
+def run(names: list[str], **settings: int) -> Rows:
+    """Measure some rows in a process of their own."""
+    command = [sys.executable, __file__, "-", "--job", json.dumps({"names": names, **settings})]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise click.ClickException(f"{names[0]}: {done.stderr.strip()[-800:]}")
+    rows: Rows = {}
+    for line in done.stdout.splitlines():
+        rows |= json.loads(line) if line.startswith("{") else {}
+    return rows
+
+
+def speed_tables(rows: Rows) -> list[str]:
     """A table for each batch size and number of threads."""
     lines = []
-    for batch in batches:
-        for count in threads:
-            lines += ["", f"## Batch {batch}, {count} threads", "", HEAD, SEPARATOR]
-            for keep in (True, False):
-                lines += [row(arch, batch, count, keep, rounds) for arch in archs]
+    for batch in BATCHES:
+        for threads in THREADS:
+            found = [n for n in rows if n.startswith("speed/") and f"/b{batch}/t{threads}/" in n]
+            if not found:
+                continue
+            lines += ["", f"## Batch {batch}, {threads} threads", ""]
+            lines += [f"| network | float, ms an image | {' | '.join(COLUMNS)} | native / torch FX |"]
+            lines += ["|---" * (3 + len(COLUMNS)) + "|"]
+            for name in sorted(found, key=lambda n: MEMORY.index(n.rsplit("/", 1)[1])):
+                lines.append(speed_line(name, batch, rows[name]))
     return lines
 
 
-def image_table(archs: tuple[str, ...], images: int) -> list[str]:
-    """The engines on real images."""
-    data = Path(os.environ.get("QTOOL_DATA") or "shared/data").absolute()
-    if not data.is_dir():
-        raise click.ClickException(f"--images: {data} is no folder; set QTOOL_DATA to that of the test data")
-    head = (
-        "| network | bits | images | top-1 simulate | top-1 int8 | images apart | predictions that differ "
-        "| first layer that differs | largest difference, steps | least equal of a layer, % |"
-    )
-    lines = ["", "## Real images", "", head, "|---" * 10 + "|"]
-    return lines + [on_images(arch, bits, images, data) for arch in archs for bits in BITS]
+def speed_line(name: str, batch: int, least: dict[str, float]) -> str:
+    _, arch, *_, memory = name.split("/")
+    ratios = " | ".join(f"{least[column] / least['float']:.3f}" for column in COLUMNS)
+    shown = arch if memory == "keep" else f"{arch}, default allocator"
+    against = least["native W8A8"] / least[FX]
+    return f"| {shown} | {1000 * least['float'] / batch:.2f} | {ratios} | {against:.2f} |"
 
 
-def several(kind: Callable[[str], Any]) -> Callable[[Any, Any, str], tuple[Any, ...]]:
-    """A list separated by commas."""
-    return lambda _context, _option, text: tuple(kind(part) for part in text.split(","))
+def image_table(rows: Rows) -> list[str]:
+    """The forms on real images."""
+    names = [name for name in rows if name.startswith("images/")]
+    if not names:
+        return []
+    lines = [
+        "",
+        "## Real images",
+        "",
+        "| network | bits | images | top-1 simulate | int8 | native | predictions that differ: int8 | native "
+        f"| first layer that differs (int8, {COMPARED} images) | least equal of a layer, % |",
+        "|---" * 10 + "|",
+    ]
+    for name in names:
+        row, (_, arch, bits) = rows[name], name.split("/")
+        top1 = " | ".join(f"{row['top1'][form]:.1f}" for form in ("simulate", "int8", "native"))
+        differ = " | ".join(str(row["differ"][form]) for form in ("int8", "native"))
+        lines.append(
+            f"| {arch} | W{bits}A{bits} | {row['images']} | {top1} | {differ} | {row['first'] or 'none'} "
+            f"| {100 * row['least_equal']:.3f} |"
+        )
+    return lines
+
+
+def text_of(rows: Rows, archs: tuple[str, ...], rounds: int) -> str:
+    """The whole result."""
+    known = {name: rows[name] for name in all_names(archs) if name in rows}
+    doc = [line.strip() for line in (__doc__ or "").strip().splitlines()]
+    words = f"torch {torch.__version__}, {rounds} rounds. Ratios to the eager float network; less is faster."
+    lines = ["# Evaluation at integer speed", "", *doc, "", words, *speed_tables(known), *image_table(known)]
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.argument("result", type=click.Path(path_type=Path))
-@click.option("--networks", "archs", default=",".join(NETWORKS), show_default=True, callback=several(str))
-@click.option("--batches", default="32,1", show_default=True, callback=several(int))
-@click.option("--threads", default="1,2", show_default=True, callback=several(int))
+@click.option("--networks", "archs", default=",".join(NETWORKS), show_default=True)
+@click.option("--only", multiple=True, help="Rows by pattern, such as 'speed/*/b32/t1/keep' or 'images/*/8'.")
 @click.option("--rounds", default=5, show_default=True, help="After one to warm up.")
-@click.option("--images", type=click.IntRange(1, 1000), help="Also run on so many real images.")
-@click.option("--only-images", is_flag=True, help="Leave the times out.")
-@click.option("--job", help="Print the times of this process alone.")
+@click.option("--images", type=click.IntRange(1, 1000), default=1000, show_default=True)
+@click.option("--again", is_flag=True, help="Measure rows that are there already.")
+@click.option("--job", hidden=True)
 def main(
-    result: Path,
-    archs: tuple[str, ...],
-    batches: tuple[int, ...],
-    threads: tuple[int, ...],
-    rounds: int,
-    images: int | None,
-    only_images: bool,
-    job: str | None,
+    result: Path, archs: str, only: tuple[str, ...], rounds: int, images: int, again: bool, job: str | None
 ) -> None:
-    """Write the tables to RESULT; - prints them."""
+    """Write the tables to RESULT, and what was measured to a JSON file beside it."""
     if job is not None:
-        _do(json.loads(job))
+        asked = json.loads(job)
+        is_speed = asked["names"][0].startswith("speed/")
+        measure_speed(asked["names"], asked["rounds"]) if is_speed else measure_images(
+            asked["names"], asked["images"]
+        )
         return
-    lines = ["# Evaluation at integer speed", ""]
-    lines += [line.strip() for line in (__doc__ or "").strip().splitlines()]
-    lines += [
-        "",
-        f"torch {torch.__version__}, {rounds} rounds. Ratios to the eager float network; less is faster.",
-    ]
-    lines += [] if only_images else speed_tables(archs, batches, threads, rounds)
-    lines += [] if images is None else image_table(archs, images)
-    text = "\n".join(lines) + "\n"
-    if str(result) == "-":
-        click.echo(text)
-    else:
-        write_text(result, text)
+    store = result.with_suffix(".json")
+    rows: Rows = json.loads(store.read_text()) if store.is_file() else {}
+    chosen = tuple(archs.split(","))
+    wanted = [n for n in all_names(chosen) if not only or any(fnmatch.fnmatch(n, p) for p in only)]
+    wanted = [name for name in wanted if again or name not in rows]
+    for group in dict.fromkeys(map(together, wanted)):
+        names = [name for name in wanted if together(name) == group]
+        click.echo(f"measuring {', '.join(names)}", err=True)
+        rows |= run(names, rounds=rounds, images=images)
+        write_text(store, json.dumps(rows, indent=1) + "\n")
+        write_text(result, text_of(rows, chosen, rounds))
+    if not wanted:
+        write_text(result, text_of(rows, chosen, rounds))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,95 @@
-"""How equal an exported network is in onnxruntime, on real images, and how fast.
+"""How equal exported networks are where they run, on real images, and how fast.
 
-    QTOOL_DATA=... python benchmarks/export.py --images 1000 --networks resnet18 --bits 8,4 > out.json
+    QTOOL_DATA=path/to/data PYTHONPATH=. python benchmarks/export.py benchmarks/export.md
+    ... benchmarks/export.md --only 'onnx/resnet18/8' --only 'pt2e/*'
 
 Each network is quantized on 256 images of imagenet-sample (asym_u, weights sym per channel), exported, and
-evaluated by qtool's simulation and by onnxruntime on the first images of imagenet-nips2017.
+evaluated on the first images of imagenet-nips2017: by qtool's simulation, and as ONNX by onnxruntime or as a
+torch.export program. vit_b_16 has random weights, so its top-1 says nothing; it is calibrated on 16 images.
+Times are of one thread and batches of 32, in turns with onnxruntime's float network.
+
+What has been measured lies beside RESULT in a JSON file, a row for each name; it is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import qtool
 from benchmarks import networks
 from qtool.deploy.onnx import NEWEST_OPSET, float_model, qdq_model, to_model
 from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.deploy.pt2e import reference, to_program
 from qtool.deploy.timing import time_in_turns
 from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.metrics import sqnr_db
+from qtool.run_dir import write_text
 
 # With it weights of 4 bits lie in 8, on integer kernels; newer ones have 16 bits for sums.
 FOUR_BIT_OPSET = 20
+RANDOM = "vit_b_16"
+NAMES = [f"onnx/{n}/{bits}" for n in networks.IMAGENET for bits in (8, 4)]
+NAMES += [f"onnx/{RANDOM}/8"]
+NAMES += [f"pt2e/{n}/8" for n in networks.IMAGENET]
+HEAD = (
+    "| format | network | bits | images | top-1 qtool | top-1 there | agreement, % | SQNR of the logits, dB "
+    "| the simulation's from the float network, dB | ms an image there | onnxruntime float | ratio |"
+)
 
 
 def main() -> None:
-    """Print a JSON list with an entry for each network and number of bits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write a table to RESULT."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--networks", default=",".join(networks.IMAGENET))
-    parser.add_argument("--bits", default="8")
+    parser.add_argument("--only", action="append", help="rows by pattern, such as 'onnx/*/8'")
     parser.add_argument("--seconds", type=float, default=10, help="to measure the speed for")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    for name in asked.networks.split(","):
-        subject = networks.load(name)
+    qtool.keep_freed_memory()
+    store = asked.result.with_suffix(".json")
+    rows = json.loads(store.read_text()) if store.is_file() else {}
+    wanted = [n for n in NAMES if not asked.only or any(fnmatch.fnmatch(n, p) for p in asked.only)]
+    wanted = [name for name in wanted if asked.again or name not in rows]
+    for network in dict.fromkeys(name.split("/")[1] for name in wanted):
+        subject = load(network)
         stats = qtool.calibrate(subject.traced, subject.calibration)
-        for bits in map(int, asked.bits.split(",")):
-            found.append(measure(subject, stats, bits, asked.images, asked.seconds))
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    print(json.dumps(found, indent=2))
+        for name in (n for n in wanted if n.split("/")[1] == network):
+            rows[name] = measure(subject, stats, name, asked.images, asked.seconds)
+            print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+            write_text(store, json.dumps(rows, indent=1) + "\n")
+            write_text(asked.result, text_of(rows))
+    if not wanted:
+        write_text(asked.result, text_of(rows))
 
 
-def measure(subject: networks.Subject, stats: Any, bits: int, images: int, seconds: float) -> dict[str, Any]:
-    """One network at one number of bits."""
+def load(name: str) -> networks.Subject:
+    """A network with its images; one with random weights has those of resnet18."""
+    if name != RANDOM:
+        return networks.load(name)
+    subject = networks.load("resnet18")
+    torch.manual_seed(0)
+    net: Any = torchvision.models.get_model(name, weights=None).eval()
+    nn.init.normal_(net.heads.head.weight, std=0.02)  # zeros otherwise, and so all logits
+    some = [subject.calibration[0][:16]]
+    return replace(subject, name=name, traced=qtool.trace(net, some[0][:2]), calibration=some)
+
+
+def measure(subject: networks.Subject, stats: Any, name: str, images: int, seconds: float) -> dict[str, Any]:
+    """One network in one format at one number of bits."""
+    form, _, bits_text = name.split("/")
+    bits = int(bits_text)
     config = qtool.QuantizeConfig(
         mode="asym_u",
         mode_weights="sym",
@@ -58,26 +99,34 @@ def measure(subject: networks.Subject, stats: Any, bits: int, images: int, secon
     )
     model = qtool.quantize(subject.traced, stats, config)
     shape = tuple(subject.images[0].shape[1:])
-    opset = NEWEST_OPSET if bits > 4 else FOUR_BIT_OPSET
-    int8 = _session(qdq_model(model, shape, opset), subject.name)
     folded = fold_batch_norms(subject.traced).traced
     in_float = _session(float_model(folded, shape), subject.name)
+    there = _exported(model, form, shape, bits, subject)
     batches = subject.images[: -(-images // networks.BATCH)]
-    ours, theirs = _logits(model, batches)[:images], _logits(int8, batches)[:images]
+    ours, theirs = _logits(model, batches)[:images], _logits(there, batches)[:images]
+    floats = _logits(in_float, batches[:2])
     labels = subject.labels[: len(ours)]
     top1 = [100 * float((x.argmax(1) == labels).double().mean()) for x in (ours, theirs)]
-    timed = time_in_turns({"float": in_float, "int8": int8}, batches[0], seconds)
+    timed = time_in_turns({"float": in_float, "there": there}, batches[0], seconds)
     return {
-        "network": subject.name,
-        "bits": bits,
         "images": len(ours),
         "top1_qtool": top1[0],
-        "top1_onnxruntime": top1[1],
+        "top1_there": top1[1],
         "agreement": 100 * float((ours.argmax(1) == theirs.argmax(1)).double().mean()),
         "logit_sqnr_db": sqnr_db(ours, theirs),
-        "float_ms": timed["float"].median_ms,
-        "int8_ms": timed["int8"].median_ms,
+        "quantization_sqnr_db": sqnr_db(floats, ours[: len(floats)]),
+        "float_ms": timed["float"].median_ms / len(batches[0]),
+        "there_ms": timed["there"].median_ms / len(batches[0]),
     }
+
+
+def _exported(
+    model: Any, form: str, shape: tuple[int, ...], bits: int, subject: networks.Subject
+) -> nn.Module:
+    if form == "pt2e":
+        program: nn.Module = to_program(reference(model), subject.images[0][:2]).module()
+        return program
+    return _session(qdq_model(model, shape, NEWEST_OPSET if bits > 4 else FOUR_BIT_OPSET), subject.name)
 
 
 def _session(written: Any, name: str) -> nn.Module:
@@ -87,6 +136,21 @@ def _session(written: Any, name: str) -> nn.Module:
 def _logits(network: nn.Module, batches: list[Tensor]) -> Tensor:
     with torch.no_grad():
         return torch.cat([network(batch) for batch in batches])
+
+
+def text_of(rows: dict[str, Any]) -> str:
+    """The table."""
+    lines = ["# Exported networks", "", *[line.strip() for line in (__doc__ or "").strip().splitlines()]]
+    lines += ["", f"torch {torch.__version__}", "", HEAD, "|---" * 12 + "|"]
+    for name in (n for n in NAMES if n in rows):
+        row, (form, network, bits) = rows[name], name.split("/")
+        lines.append(
+            f"| {form} | {network} | W{bits}A{bits} | {row['images']} | {row['top1_qtool']:.1f} "
+            f"| {row['top1_there']:.1f} | {row['agreement']:.1f} | {row['logit_sqnr_db']:.1f} "
+            f"| {row['quantization_sqnr_db']:.1f} | {row['there_ms']:.2f} | {row['float_ms']:.2f} "
+            f"| {row['there_ms'] / row['float_ms']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
