@@ -22,8 +22,8 @@ def test_every_layer_gives_the_simulations_integers(mode, bits, quantized, kerne
     model = quantized(mode=mode, bits_weights=bits[0], bits_activations=bits[1], per_channel_weights=True)
     found = program_parity(model, reference(model), kernel_batch)
     assert found.keys() == {n for n, layer in model.plan.layers.items() if layer.output is not None}
-    # The operation multiplies by 1 / scale where the simulation divides, which moves ties. Symmetric grids make
-    # many of them: half of the integers of add2's inputs are ties of its output, and what follows differs.
+    # The operation multiplies by 1 / scale where the simulation divides, which moves ties. Symmetric grids
+    # make many: half of the integers of add2's inputs are ties of its output, and what follows differs.
     compared = list(found)[: list(found).index("leaky") if mode == "sym" else None]
     assert len(compared) >= 8
     for name in compared:
