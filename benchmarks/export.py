@@ -5,7 +5,9 @@
 
 Each network is quantized on 256 images of imagenet-sample (asym_u, weights sym per channel), exported, and
 evaluated on the first images of imagenet-nips2017: by qtool's simulation, and as ONNX by onnxruntime or as a
-torch.export program. vit_b_16 has random weights, so its top-1 says nothing; it is calibrated on 16 images.
+torch.export program. `ulp` is the simulation against itself with the results of every softmax larger by one
+unit in the last place of float32, which shows what a network makes of such differences. vit_b_16 has random
+weights, so its top-1 says nothing; it is calibrated on 16 images.
 Times are of one thread and batches of 32, in turns with onnxruntime's float network.
 
 What has been measured lies beside RESULT in a JSON file, a row for each name; it is not measured again.
@@ -14,6 +16,7 @@ What has been measured lies beside RESULT in a JSON file, a row for each name; i
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import json
 import sys
@@ -33,13 +36,14 @@ from qtool.deploy.pt2e import reference, to_program
 from qtool.deploy.timing import time_in_turns
 from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.metrics import sqnr_db
+from qtool.quantizers.modules import FakeQuantize
 from qtool.run_dir import write_text
 
 # With it weights of 4 bits lie in 8, on integer kernels; newer ones have 16 bits for sums.
 FOUR_BIT_OPSET = 20
 RANDOM = "vit_b_16"
 NAMES = [f"onnx/{n}/{bits}" for n in networks.IMAGENET for bits in (8, 4)]
-NAMES += [f"onnx/{RANDOM}/8"]
+NAMES += [f"onnx/{RANDOM}/8", f"ulp/{RANDOM}/8"]
 NAMES += [f"pt2e/{n}/8" for n in networks.IMAGENET]
 HEAD = (
     "| format | network | bits | images | top-1 qtool | top-1 there | agreement, % | SQNR of the logits, dB "
@@ -123,10 +127,28 @@ def measure(subject: networks.Subject, stats: Any, name: str, images: int, secon
 def _exported(
     model: Any, form: str, shape: tuple[int, ...], bits: int, subject: networks.Subject
 ) -> nn.Module:
+    if form == "ulp":
+        return _perturbed(model)
     if form == "pt2e":
         program: nn.Module = to_program(reference(model), subject.images[0][:2]).module()
         return program
     return _session(qdq_model(model, shape, NEWEST_OPSET if bits > 4 else FOUR_BIT_OPSET), subject.name)
+
+
+def _perturbed(model: Any) -> nn.Module:
+    """A copy of a simulation whose softmaxes give values that are larger by one unit in the last place."""
+    network = copy.deepcopy(model)
+    for name, module in network.network.named_modules():
+        if isinstance(module, FakeQuantize) and network.plan.layers[name].op == "softmax":
+            module.operation = nn.Sequential(module.operation, NextFloat())
+    return network  # type: ignore[no-any-return]
+
+
+class NextFloat(nn.Module):
+    """The next larger float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nextafter(x, torch.full_like(x, torch.inf))
 
 
 def _session(written: Any, name: str) -> nn.Module:
