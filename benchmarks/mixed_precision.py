@@ -35,6 +35,7 @@ MEAN_BITS = 5
 CHOSEN_ON, EVALUATED_ON = 64, 8  # images, and batches of 32
 ESTIMATORS: dict[str, dict[str, str]] = {
     "extremes": {},
+    "auto": {"clip_weights": "auto", "clip_activations": "auto"},
     "mse": {"clip_weights": "mse", "clip_activations": "mse"},
 }
 

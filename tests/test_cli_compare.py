@@ -54,7 +54,7 @@ def test_it_agrees_with_a_quantized_run(run, quantized):
         zip(predictions["path"][flipped], predictions["quantized_prediction"][flipped], strict=True)
     )
     assert sorted((f["path"], f["quantized_prediction"]) for f in found["flips"]) == expected
-    assert all(f["float_margin"] > 0 and f["quantized_margin"] > 0 for f in found["flips"])
+    assert all(f["float_margin"] > 0 and f["quantized_margin"] >= 0 for f in found["flips"])
     assert f"{found['flipped']} of 107 predictions flip" in text
 
 

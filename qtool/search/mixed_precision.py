@@ -11,8 +11,12 @@ Reference:
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,19 +152,41 @@ def _solve(
     if budget < cheapest:
         return None
     program = _Program(knobs, products)
-    result = milp(
-        program.damage,
-        integrality=program.integral,
-        bounds=Bounds(0, 1),
-        constraints=program.constraints(budget),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        result = milp(
+            program.damage,
+            integrality=program.integral,
+            bounds=Bounds(0, 1),
+            constraints=program.constraints(budget),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     return {
         knob.name: knob.bits[int(np.argmax(result.x[start : start + len(knob.bits)]))]
         for knob, start in zip(knobs, program.starts, strict=True)
     }
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, nothing reaches stdout: HiGHS now and then prints a line there, whatever it is told."""
+    try:
+        stdout = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sys.stdout.flush()
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # what C has not written yet
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
 
 
 class _Program:

@@ -1,11 +1,14 @@
 """Bits within a budget: the best choice, found by integer programming."""
 
+import ctypes
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
+from qtool.search import mixed_precision
 from qtool.search.mixed_precision import (
     BudgetTooSmall,
     Choice,
@@ -79,6 +82,18 @@ def test_bits_go_where_they_help_most():
         Knob("hardy", BITS, (0.3, 0.2, 0.1), (2, 4, 8)),
     ]
     assert dict(choose_bits(knobs, 10).bits) == {"frail": 8, "hardy": 2}
+
+
+def test_what_the_solver_prints_stays_out_of_the_results(monkeypatch, capfd):
+    def chatty(*args: object, **kwargs: object) -> object:
+        ctypes.CDLL(None).puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(mixed_precision, "milp", chatty)
+    choose_bits([Knob("t", BITS, (9.0, 3.0, 1.0), (2, 4, 8))], 4)
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "after\n"
 
 
 def test_what_is_spent_anyway_counts():
