@@ -90,7 +90,7 @@ def test_full_disk_leaves_whole_files_only(size_bytes, flags, first_too_long, re
 
 def test_full_disk_keeps_the_earlier_predictions(refused):
     Path("p.npz").write_bytes(b"of an earlier run")
-    with files_limited_to(2200):
+    with files_limited_to(4000):
         message = refused("evaluate", "-j", "0", "--save-predictions", "p.npz")
     assert message == "error: p.npz: cannot be written: File too large"
     assert Path("p.npz").read_bytes() == b"of an earlier run"
