@@ -136,7 +136,8 @@ def test_any_trial_can_be_made_again_alone(run_cli, tuned):
 
 def test_a_finished_tuning_is_taken_over_whole_and_can_get_another_goal(run_cli, tuned):
     before = len(entries_of(tuned / "tuning.db"))
-    again = run_cli("tune", *BITS, "--max-drop", 0.9, "--history", tuned / "tuning.db", "-o", "again")
+    more = ("--max-drop", 0.9, "--stop-at", "limit", "--max-trials", before + 1)
+    again = run_cli("tune", *BITS, *more, "--history", tuned / "tuning.db", "-o", "again")
     assert len(entries_of(tuned / "tuning.db")) > before
     assert f"{before} results are taken over" in again.stderr
     assert "calibrating" not in again.stderr
