@@ -11,7 +11,7 @@ import ctypes
 import sys
 
 # Of malloc.h. A threshold of -1 means never.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 # How much the heap grows at least.
 TOP_PAD_BYTES = 64 * 2**20
 
@@ -30,7 +30,13 @@ def keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  # other libraries have a mallopt that means less
-        settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD_BYTES))
+        settings = (
+            (M_MMAP_MAX, 0),
+            (M_TRIM_THRESHOLD, -1),
+            (M_TOP_PAD, TOP_PAD_BYTES),
+            # The other heaps that threads get hold 64 MB at most: what is larger would be mapped after all.
+            (M_ARENA_MAX, 1),
+        )
         return all(libc.mallopt(name, value) == 1 for name, value in settings)
     except (OSError, AttributeError):  # nothing can be loaded, or there is no such function
         return False

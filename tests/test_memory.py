@@ -24,8 +24,8 @@ def has_glibc() -> bool:
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
-def faults(word: str) -> tuple[bool, int]:
-    command = [sys.executable, "-c", COUNT_FAULTS, word]
+def faults(word: str, program: str = COUNT_FAULTS) -> tuple[bool, int]:
+    command = [sys.executable, "-c", program, word]
     kept, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return kept == "True", int(count)
 
@@ -35,6 +35,19 @@ def test_freed_memory_is_used_again_without_page_faults():
     given_back, kept = faults("leave"), faults("keep")
     assert not given_back[0] and kept[0]
     assert kept[1] < given_back[1] / 10
+
+
+# A thread allocates 80 MB again and again, more than the heaps hold that glibc gives to threads.
+IN_A_THREAD = COUNT_FAULTS.replace("bytearray(16 << 20)", "bytearray(80 << 20)").replace(
+    "print(", "import threading\ndef work():\n    for _ in range(5): bytearray(80 << 20)\nwork()\n"
+    "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    "thread = threading.Thread(target=work); thread.start(); thread.join()\nprint("
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not has_glibc(), reason="glibc only")
+def test_threads_too_use_freed_memory_again():
+    assert faults("keep", IN_A_THREAD)[1] < faults("leave", IN_A_THREAD)[1] / 10
 
 
 def test_elsewhere_nothing_happens(monkeypatch):

@@ -93,7 +93,7 @@ class Observation:
         network: what runs.
         batchwise: `auto` finds the images' axis of each tensor, `on` takes axis 0; `off` as auto.
         pivots: by key, for parts of a calibration that are to be merged; those of the first chunk are
-            added, which goes through alone unless all are given.
+            added, which goes through alone unless look or the caller has given all.
     """
 
     network: Fast
@@ -104,6 +104,16 @@ class Observation:
     _idle: list[_Share] = field(default_factory=list)
     _running: threading.local = field(default_factory=threading.local)
     _warned: set[str] = field(default_factory=set)
+
+    def look(self, images: Tensor) -> None:
+        """Take the pivots of some images, and nothing else.
+
+        Raises:
+            NonFiniteError: if a layer gives NaN or infinity.
+        """
+        self.run(images, 0, 0)
+        self._shares.clear()
+        self._idle.clear()
 
     def run(self, images: Tensor, number: int, first: int) -> Any:
         """Send a chunk of images through the network and observe every tensor.

@@ -23,6 +23,8 @@ from qtool.observers.stats import ActivationStats, LayerStats, ModelStats, recor
 T = TypeVar("T")
 
 FORMAT = 1
+# NumPy takes 6: a sixth smaller, and five times as long to write.
+COMPRESSION = 1
 VECTORS = ("image_min", "image_max", "channel_min", "channel_max")
 
 
@@ -51,7 +53,13 @@ def to_bytes(stats: ModelStats) -> bytes | None:
         "values": _joined(vectors.items, np.dtype(np.float32)),
     }
     file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, values in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, values, allow_pickle=False)
+            # A name alone would take the time of day along.
+            place = zipfile.ZipInfo(f"{name}.npy")
+            archive.writestr(place, member.getvalue(), zipfile.ZIP_DEFLATED, COMPRESSION)
     return file.getvalue()
 
 

@@ -4,7 +4,7 @@ Range, averages of the images' ranges, mean and standard deviation are of all el
 b, the mean absolute deviation, are of a sample: of each chunk of images the same elements of every image,
 in blocks spread evenly over the tensor and its channels, at another offset in each chunk; tensors with up
 to SAMPLE elements an image are taken whole. Deviations are measured from a pivot, the mean of the first
-chunk, and moved to the final mean at the end: exactly for std, through the histogram for b.
+image, and moved to the final mean at the end: exactly for std, through the histogram for b.
 
 A chunk's part in each statistic depends on the chunk alone, so the images can come in any batches, and
 the chunks from any process.
@@ -84,10 +84,10 @@ class TensorObserver:
     pivot: float | None = None
     latest: tuple[int, Extremes] | None = None
     _numel: int = 0
-    _images: list[tuple[int, NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=list)
+    _images: list[tuple[int, list[float], list[float]]] = field(default_factory=list)
     _channel_min: NDArray[np.float32] | None = None
     _channel_max: NDArray[np.float32] | None = None
-    _chunks: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)
+    _chunks: list[tuple[int, list[float]]] = field(default_factory=list)
     _counts: RunningHistogram = field(default_factory=lambda: RunningHistogram())
 
     def update(
@@ -172,8 +172,9 @@ class TensorObserver:
             _, earlier_low, earlier_high = self._images.pop()
             low, high = np.minimum(low, earlier_low), np.maximum(high, earlier_high)
             sums = sums + self._chunks.pop()[1]
-        self._images.append((first, low, high))
-        self._chunks.append((number, sums))
+        # Not as arrays: small ones that stay, among large ones that come and go, would break up the memory.
+        self._images.append((first, low.tolist(), high.tolist()))
+        self._chunks.append((number, sums.tolist()))
 
     def _note_channels(self, found: Extremes) -> None:
         low, high = found.channel_min, found.channel_max
@@ -196,8 +197,8 @@ class TensorObserver:
             shape=self.shape,
             numel=self._numel,
             images=np.concatenate([first + np.arange(len(low)) for first, low, _ in self._images]),
-            image_min=np.concatenate([low for _, low, _ in self._images]),
-            image_max=np.concatenate([high for _, _, high in self._images]),
+            image_min=np.concatenate([np.float32(low) for _, low, _ in self._images]),
+            image_max=np.concatenate([np.float32(high) for _, _, high in self._images]),
             channel_min=self._channel_min,
             channel_max=self._channel_max,
             pivot=self.pivot,
@@ -231,10 +232,10 @@ class RunningHistogram:
     def _count(self) -> None:
         if not self._waiting:
             return
-        x = torch.from_numpy(np.concatenate(self._waiting))
+        x = torch.from_numpy(np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0])
         self._waiting.clear()
         # Bin numbers are exact in float32, and few enough for the smallest type that bincount takes quickly.
-        index = x.mul_(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
+        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
         self._counts += torch.bincount(index, minlength=len(self._counts))
 
     def _widen(self, low: float, high: float) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 
 from qtool.graph.control import UncapturedPath, has_decisions
 from qtool.graph.fast import Fast, fast
-from qtool.graph.observe import merged_sums, model_stats, observe
+from qtool.graph.liveness import most_live_bytes
+from qtool.graph.observe import example_size, merged_sums, model_stats, observe
 from qtool.graph.trace import float_tensors
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.ranks import ALONE, Ranks
@@ -28,12 +29,14 @@ from qtool.pipeline.threads import run_in_threads
 
 LOG = logging.getLogger("qtool")
 
-# Elements of the input that make a chunk: sixteen images of 3 x 224 x 224. With fewer, torch takes a slow
-# way through 1 x 1 convolutions when it has one thread; activations of more do not stay in the cache.
-CHUNK_ELEMENTS = 16 * 3 * 224 * 224
+# Elements of the input that make a chunk: 32 images of 3 x 224 x 224. With fewer, starting operations takes
+# a larger share of the time, and torch takes a slow way through 1 x 1 convolutions when it has one thread.
+CHUNK_ELEMENTS = 32 * 3 * 224 * 224
 MAX_CHUNK = 128
 # Chunks that are on their way at once, at most: each takes memory for the largest activations.
 TOGETHER = 4
+# How much room tensors of changing sizes take up, relative to their own.
+SPREAD = 2.0
 # How far the fast form of the network may be from the network, relative to the largest output.
 FAST_TOLERANCE = 1e-3
 
@@ -43,7 +46,7 @@ def chunk_size(image_shape: tuple[int, ...]) -> int:
 
     Example:
         >>> chunk_size((3, 224, 224)), chunk_size((3, 32, 32))
-        (16, 128)
+        (32, 128)
     """
     fitting = CHUNK_ELEMENTS / max(1, math.prod(image_shape))
     return 1 << max(0, min(int(math.log2(max(1.0, fitting))), MAX_CHUNK.bit_length() - 1))
@@ -107,14 +110,33 @@ def measure(
                 with torch.no_grad():  # which is a thread's own setting
                     observation.run(_as_input(images, device), number, number * size)
 
+            decides = has_decisions(traced.graph)
+            waiting = list(itertools.islice(chunks_left, 2))
             if ranks.first:
-                # The others measure deviations from the same values.
-                for number, images in itertools.islice(chunks_left, 1):
-                    run(number, images)
+                # All threads and processes measure deviations from the same values, the first image's; where
+                # images take branches, from those of the chunk that takes them first.
+                if waiting and decides:
+                    run(*waiting.pop(0))
+                elif waiting:
+                    observation.look(_as_input(waiting[0][1][:1], device))
                 ranks.from_first(observation.pivots)
-            together = 1 if has_decisions(traced.graph) or torch.device(device).type != "cpu" else TOGETHER
-            run_in_threads(run, chunks_left, together)
+            together = 1 if decides or torch.device(device).type != "cpu" else TOGETHER
+            if together > 1 and len(waiting) > 1:
+                _reserve(network.traced, size * min(together, torch.get_num_threads()))
+            run_in_threads(run, itertools.chain(waiting, chunks_left), together)
             return model_stats(network, merged_sums(ranks.gather(observation.sums())), group)
+
+
+def _reserve(traced: fx.GraphModule, images: int) -> None:
+    """Take the memory that so many images on their way need, and give it back.
+
+    Where freed memory is kept, see qtool.memory, the blocks of threads that take and free them in changing
+    order come to lie in what was taken here. Otherwise they would spread out bit by bit, and a long
+    calibration would need more memory than a short one.
+    """
+    example = max(1, example_size(traced))
+    held = most_live_bytes(traced) * images // example
+    torch.empty(int(held * SPREAD), dtype=torch.uint8).fill_(0)
 
 
 def _as_input(images: Tensor, device: str | torch.device) -> Tensor:

@@ -43,6 +43,19 @@ def test_every_input_and_output_is_recorded_under_its_name():
     assert stats.output("add").shape == (1, 8)
 
 
+def test_a_look_leaves_the_places_that_deviations_are_measured_from_and_nothing_else():
+    network = fast(trace(Net(), X))
+    with observe(network) as observation, torch.no_grad():
+        observation.look(X[:1])
+        assert observation.sums() == {}
+        pivots = dict(observation.pivots)
+        observation.run(-X, 0, 0)
+    assert pivots and observation.pivots == pivots
+    given = next(n.name for n in network.traced.graph.nodes if n.op == "placeholder")
+    assert pivots[given] == pytest.approx(float(X[0].mean()))
+    assert {key: part.pivot for key, part in observation.sums().items()} == pivots
+
+
 def test_hooks_are_gone_afterwards_even_after_an_error():
     network = fast(trace(Net(), X))
     with pytest.raises(KeyboardInterrupt), observe(network):

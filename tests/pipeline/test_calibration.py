@@ -25,7 +25,7 @@ def test_chunks_hold_the_same_images_in_order(sizes, size):
 
 
 def test_chunks_shrink_with_the_size_of_an_image():
-    assert [chunk_size((3, side, side)) for side in (16, 224, 320, 640)] == [128, 16, 4, 1]
+    assert [chunk_size((3, side, side)) for side in (16, 224, 320, 640)] == [128, 32, 8, 2]
 
 
 def images(count: int) -> torch.Tensor:
