@@ -2,13 +2,13 @@
 
     python benchmarks/calibration.py benchmarks/calibration.md
 
-Two threads, images of noise in memory (data loading is outside), batches of 32. Each round runs the plain
-eager float network, then its calibration without counting histograms and with them, then a plain
+Two threads, images of noise in memory (data loading is outside), batches of 32. Each round runs the
+plain eager float network, then its calibration without counting histograms and with them, then a plain
 implementation with forward hooks and two passes (range, averages and mean; then std and b) on the same
-network; ratios are of the medians over rounds. Freed memory is kept for all of them (glibc's settings in the environment). b is
-computed of a sample; its error is against b of all elements. Peak memory is that of a process that
-calibrates on so many images, which it makes batch by batch. The estimators search all tensors of resnet50
-from histograms; the files are those of resnet152.
+network; ratios are of the medians over rounds. Freed memory is kept for all of them (glibc's settings in
+the environment). b is computed of a sample; its error is against b of all elements. Peak memory is that
+of a process that calibrates on so many images, which it makes batch by batch. The estimators search all
+tensors of resnet50 from histograms; the files are those of resnet152.
 """
 
 import os
@@ -225,7 +225,9 @@ def main(result: Path, arguments: tuple[str, ...], part: str | None) -> None:
         return
     lines = ["# Calibration", "", *(line.strip() for line in (__doc__ or "").strip().splitlines()), ""]
     lines += [f"torch {torch.__version__}, {THREADS} threads, {IMAGES} images, {ROUNDS} rounds.", ""]
-    lines += ["| network | eager float, ms an image | Distiller's fields | with histograms | hooks, two passes |"]
+    lines += [
+        "| network | eager float, ms an image | Distiller's fields | with histograms | hooks, two passes |"
+    ]
     lines += ["|---|---|---|---|---|"]
     lines += [measured("speed", arch) for arch in MODELS]
     lines += ["", "Ratios to the eager float network.", ""]

@@ -42,20 +42,20 @@ def fast(traced: fx.GraphModule) -> Fast:
     for name, node, module in list(layers(quick)):
         if _may_write_over_its_input(node):
             quick.set_submodule(name, _in_place(node.meta["op"], module))
-    quick.recompile()
     return Fast(quick, folded.pairs)
 
 
 def channels_last(traced: fx.GraphModule) -> fx.GraphModule:
     """The network with its convolutions in channels-last order; the given one stays as it was."""
     quick = copy_graph(traced)
-    for node in quick.graph.nodes:
-        if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"  # a view of another memory order may not exist
+    views = [node for node in quick.graph.nodes if node.op == "call_method" and node.target == "view"]
+    for node in views:
+        node.target = "reshape"  # a view of another memory order may not exist
+    if views:
+        quick.recompile()
     for name, _, module in list(layers(quick)):
         if ops.module_op(module) == "conv" and isinstance(module, nn.Conv2d):
             quick.set_submodule(name, _channels_last(module))
-    quick.recompile()
     return quick
 
 

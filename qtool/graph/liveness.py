@@ -25,12 +25,18 @@ def most_live_bytes(traced: fx.GraphModule) -> int:
         if owner[node] is node:
             live += _bytes(node)
         most = max(most, live)
-        live -= sum(_bytes(source) for source in {owner[n] for n in node.all_input_nodes} if last_reader[source] is node)
+        live -= sum(
+            _bytes(source)
+            for source in {owner[n] for n in node.all_input_nodes}
+            if last_reader[source] is node
+        )
     return most
 
 
 def _writes_over(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and getattr(traced.get_submodule(str(node.target)), "inplace", False) is True
+    return (
+        node.op == "call_module" and getattr(traced.get_submodule(str(node.target)), "inplace", False) is True
+    )
 
 
 def _bytes(node: fx.Node) -> int:

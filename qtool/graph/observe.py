@@ -9,6 +9,7 @@ output of a ReLU has the extremes of its input, limited.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
-from qtool.observers.kernels import Extremes, as_rows
+from qtool.observers.kernels import Extremes, as_rows, mean_and_squares
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums
 from qtool.observers.tensor import Chunk, Clamp, NotFinite, TensorObserver
@@ -100,20 +101,19 @@ class Observation:
     batchwise: str = "auto"
     pivots: dict[str, float] = field(default_factory=dict)
     watches: dict[str, _Watch] = field(default_factory=dict)
+    _looking: bool = False
     _shares: list[_Share] = field(default_factory=list)
     _idle: list[_Share] = field(default_factory=list)
     _running: threading.local = field(default_factory=threading.local)
     _warned: set[str] = field(default_factory=set)
 
     def look(self, images: Tensor) -> None:
-        """Take the pivots of some images, and nothing else.
-
-        Raises:
-            NonFiniteError: if a layer gives NaN or infinity.
-        """
-        self.run(images, 0, 0)
-        self._shares.clear()
-        self._idle.clear()
+        """Take the pivots of some images, and nothing else."""
+        self._looking = True
+        try:
+            self.network.traced(images)
+        finally:
+            self._looking = False
 
     def run(self, images: Tensor, number: int, first: int) -> Any:
         """Send a chunk of images through the network and observe every tensor.
@@ -150,8 +150,11 @@ class Observation:
             clamped: of what an activation function makes of it; that is written over x, while parts of
                 it are in the cache.
         """
-        share: _Share = self._running.share
         values = x.detach().float()
+        if self._looking:
+            self._take_pivots(watch, x.detach(), clamped)
+            return
+        share: _Share = self._running.share
         observer, clamp = self._observer(share, watch, values), None
         if clamped is not None:
             limits = INTERVALS[str(clamped.node.meta["op"])]
@@ -170,6 +173,11 @@ class Observation:
             self.pivots.setdefault(seen.key, pivot)
         if clamp is not None and rows.values.data_ptr() != x.data_ptr():  # rows were a copy
             x.clamp_(clamp.low, clamp.high)
+
+    def _take_pivots(self, watch: _Watch, x: Tensor, clamped: _Watch | None) -> None:
+        self.pivots.setdefault(watch.key, _mean(x))
+        if clamped is not None:
+            self.pivots.setdefault(clamped.key, _mean(x.clamp_(*INTERVALS[str(clamped.node.meta["op"])])))
 
     def _observer(self, share: _Share, watch: _Watch, x: Tensor) -> TensorObserver:
         if watch.key not in share.observers:
@@ -262,6 +270,14 @@ def observe(
             handle.remove()
         for name, activation in activations.items():
             network.traced.set_submodule(name, activation)
+
+
+def _mean(x: Tensor) -> float:
+    """The mean, the same for every number of threads; 0 where there is none."""
+    if not x.numel():
+        return 0.0
+    mean, _ = mean_and_squares(x.float().reshape(-1))
+    return mean if math.isfinite(mean) else 0.0
 
 
 def _written_over(traced: fx.GraphModule) -> dict[fx.Node, fx.Node]:

@@ -58,8 +58,8 @@ def to_bytes(stats: ModelStats) -> bytes | None:
             member = io.BytesIO()
             np.lib.format.write_array(member, values, allow_pickle=False)
             # A name alone would take the time of day along.
-            place = zipfile.ZipInfo(f"{name}.npy")
-            archive.writestr(place, member.getvalue(), zipfile.ZIP_DEFLATED, COMPRESSION)
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            archive.writestr(entry, member.getvalue(), zipfile.ZIP_DEFLATED, COMPRESSION)
     return file.getvalue()
 
 

@@ -1,9 +1,9 @@
 """The observer of one tensor: every statistic of it, in one pass over the images.
 
 Range, averages of the images' ranges, mean and standard deviation are of all elements. The histogram and
-b, the mean absolute deviation, are of a sample: of each chunk of images the same elements of every image,
-in blocks spread evenly over the tensor and its channels, at another offset in each chunk; tensors with up
-to SAMPLE elements an image are taken whole. Deviations are measured from a pivot, the mean of the first
+b, the mean absolute deviation, are of a sample: elements in blocks spread evenly over the tensor and its
+channels, at another offset for every few images; tensors with up to SAMPLE elements an image are taken
+whole. Deviations are measured from a pivot, the mean of the first
 image, and moved to the final mean at the end: exactly for std, through the histogram for b.
 
 A chunk's part in each statistic depends on the chunk alone, so the images can come in any batches, and
@@ -27,6 +27,8 @@ from qtool.observers.sums import TensorSums
 # Elements of each image that are sampled, at least, and how many of them lie side by side.
 SAMPLE = 4096
 BLOCK = 16
+# Images of which the same elements are sampled; the next ones give others.
+TURN = 16
 # Sampled elements that wait to be counted together.
 WAITING = 1 << 16
 # Elements of which all is computed before the next are touched, so that they are read from memory once.
@@ -104,7 +106,7 @@ class TensorObserver:
         Raises:
             NotFinite: if it holds NaN or infinity.
         """
-        sample = _sample(rows, chunk.number)
+        sample = _sample(rows, chunk.first // TURN)
         sums, clamped_sums = np.zeros(2), np.zeros(2)
         lows: list[Tensor] = []
         highs: list[Tensor] = []
@@ -197,8 +199,8 @@ class TensorObserver:
             shape=self.shape,
             numel=self._numel,
             images=np.concatenate([first + np.arange(len(low)) for first, low, _ in self._images]),
-            image_min=np.concatenate([np.float32(low) for _, low, _ in self._images]),
-            image_max=np.concatenate([np.float32(high) for _, _, high in self._images]),
+            image_min=np.concatenate([np.array(low, np.float32) for _, low, _ in self._images]),
+            image_max=np.concatenate([np.array(high, np.float32) for _, _, high in self._images]),
             channel_min=self._channel_min,
             channel_max=self._channel_max,
             pivot=self.pivot,
@@ -257,8 +259,13 @@ class RunningHistogram:
         return Histogram(self._exponent, self._first + first, counts[first : last + 1].copy())
 
 
-def _sample(rows: Rows, number: int) -> NDArray[np.float32]:
-    """The elements of a chunk that are sampled, (samples,), in memory of their own."""
+def _sample(rows: Rows, turn: int) -> NDArray[np.float32]:
+    """The elements of a chunk that are sampled, (samples,), in memory of their own.
+
+    Args:
+        rows: the chunk.
+        turn: how many times TURN images came before it.
+    """
     x = rows.values.reshape(rows.images, -1)  # (N, K)
     if x.shape[1] <= SAMPLE:
         return x.flatten().cpu().numpy().copy()
@@ -267,10 +274,12 @@ def _sample(rows: Rows, number: int) -> NDArray[np.float32]:
     # With a divisor in common, only some of the channels that lie side by side would ever be met.
     while side % BLOCK == 0 and math.gcd(stride, side // BLOCK) > 1:
         stride -= 1
+    whole = x[:, : blocks * BLOCK].view(len(x), blocks, BLOCK)
     # An odd step through the offsets meets each of them before any comes again, if stride is a power of 2.
-    offset, count = number * 7919 % stride, blocks // stride
-    sampled = x[:, : blocks * BLOCK].view(len(x), blocks, BLOCK)[:, offset::stride][:, :count]
-    return sampled.clone(memory_format=torch.contiguous_format).reshape(-1).cpu().numpy()
+    offsets = [(turn + k) * 7919 % stride for k in range(-(-len(x) // TURN))]
+    turns = zip(torch.split(whole, TURN), offsets, strict=True)
+    sampled = [images[:, offset::stride][:, : blocks // stride].reshape(-1) for images, offset in turns]
+    return np.concatenate([part.cpu().numpy() for part in sampled])
 
 
 def _absolute(x: NDArray[np.float32], pivot: float) -> float:

@@ -36,7 +36,7 @@ MAX_CHUNK = 128
 # Chunks that are on their way at once, at most: each takes memory for the largest activations.
 TOGETHER = 4
 # How much room tensors of changing sizes take up, relative to their own.
-SPREAD = 2.0
+SPREAD = 2.5
 # How far the fast form of the network may be from the network, relative to the largest output.
 FAST_TOLERANCE = 1e-3
 
