@@ -15,6 +15,7 @@ ones behind a ReLU) is clamped after the kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -155,11 +156,27 @@ def labelled(x: Tensor, scale: float) -> Tensor:
     """The integers of a quantized tensor with another scale beside them; nothing is copied."""
     jit: Any = torch.jit
     if jit.is_tracing():
-        # A program cannot name another tensor's memory; this copies.
-        return torch.ops.quantized.mul_scalar(x, scale / x.q_scale())  # type: ignore[no-any-return]
+        return _as_program()(x, scale)  # type: ignore[no-any-return]
     make: Any = torch._empty_affine_quantized
     empty: Tensor = make([0], scale=scale, zero_point=x.q_zero_point(), dtype=torch.quint8)
     return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+@cache
+def _as_program() -> Any:
+    """What TorchScript runs in its place: tracing alone would freeze the shape, or copy."""
+    jit: Any = torch.jit
+    return jit.script(_labelled_in_program)
+
+
+def _labelled_in_program(x: Tensor, scale: float) -> Tensor:
+    empty = torch._empty_affine_quantized([0], scale=scale, zero_point=x.q_zero_point(), dtype=torch.quint8)
+    strides = [x.stride(i) for i in range(x.dim())]
+    # A tensor whose memory is taken has to be contiguous; channels-last ones are, in this order.
+    flat = x.permute([0, 2, 3, 1]) if x.dim() == 4 and not x.is_contiguous() else x
+    if not flat.is_contiguous():
+        return torch.ops.quantized.mul_scalar(x, scale / x.q_scale())  # type: ignore[no-any-return]
+    return torch.ops.aten.set_(empty, flat, x.storage_offset(), x.size(), strides)  # type: ignore[no-any-return]
 
 
 def stored(x: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
+from io import BytesIO
+
 import pytest
 import torch
+from torch import nn
 
-from qtool.deploy.native.containers import FromGrid, Pack, ToGrid, Unpack, container_for
+from qtool.deploy.native.containers import FromGrid, Pack, ToGrid, Unpack, container_for, labelled
 from qtool.numerics.affine import qparams_from_range, quantize_centered
 from qtool.numerics.spec import MODES, QuantSpec
 
@@ -43,3 +46,30 @@ def test_what_an_activation_cuts_off_needs_no_room():
     assert (container.zero_point, container.high) == (0, 255)
     capped = container_for(grid("asym_u", 8, 0.0, 11.0), "relu6")
     assert capped.high == 139 and capped.limits == (0.0, pytest.approx(6.0, abs=0.03))
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "arranged",
+    [torch.Tensor.contiguous, channels_last, lambda x: x[:, ::2], lambda x: x.flatten(1)],
+    ids=["contiguous", "channels last", "with gaps", "rows"],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_program_puts_another_scale_beside_the_same_integers(arranged):
+    class Twice(nn.Module):
+        def forward(self, x):
+            integers = torch.quantize_per_tensor(x, 1.0, 3, torch.quint8)
+            return labelled(labelled(arranged(integers), 0.5), 2.0)
+
+    program = torch.jit.trace(Twice(), torch.zeros(2, 4, 6, 6), check_trace=False)
+    file = BytesIO()
+    torch.jit.save(torch.jit.freeze(program.eval()), file)
+    program = torch.jit.load(BytesIO(file.getvalue()))
+    for shape in ((2, 4, 6, 6), (1, 4, 6, 6), (3, 4, 5, 7)):
+        x = torch.randint(-3, 250, shape).float()
+        y = program(x)
+        assert y.q_scale() == 2.0 and y.q_zero_point() == 3
+        assert torch.equal(y.dequantize(), 2 * arranged(x))
