@@ -135,3 +135,10 @@ def test_every_tensor_has_a_histogram_and_its_extremes(tiny_net, tiny_batches):
         assert record.histogram is not None, place
         assert len(record.image_min) == len(record.image_max) == sum(map(len, tiny_batches))
         assert record.min == record.image_min.min()
+
+
+def test_memory_that_cannot_be_had_at_the_start_is_done_without(tiny_net, monkeypatch):
+    x = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = qtool.calibrate(tiny_net, [x]).layers
+    monkeypatch.setattr("qtool.pipeline.calibration.SPREAD", 1e12)
+    assert qtool.calibrate(tiny_net, [x]).layers == expected
