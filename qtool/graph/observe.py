@@ -150,11 +150,11 @@ class Observation:
             clamped: of what an activation function makes of it; that is written over x, while parts of
                 it are in the cache.
         """
-        values = x.detach().float()
         if self._looking:
             self._take_pivots(watch, x.detach(), clamped)
             return
         share: _Share = self._running.share
+        values = x.detach().float()
         observer, clamp = self._observer(share, watch, values), None
         if clamped is not None:
             limits = INTERVALS[str(clamped.node.meta["op"])]

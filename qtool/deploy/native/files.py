@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qtool.deploy.entries import check_entry
 from qtool.deploy.native import NativeModel
 from qtool.deploy.native.kernels import PinnedConv
 from qtool.deploy.native.target import engine, no_deprecation_warnings, supported_backends
@@ -141,11 +142,4 @@ def _read_info(path: Path) -> dict[str, Any]:
             info = json.loads(archive.read(_entry_name(path) or ENTRY))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise ModelError(f"{path}: a damaged converted network: {error}; convert it again") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ModelError(f"{path}: its entry {ENTRY} is not qtool's; convert the network again")
-    if info.get("version") != VERSION:
-        raise ModelError(
-            f"{path}: written by another version of qtool: format version {info.get('version')}, "
-            f"this one reads {VERSION}"
-        )
-    return info
+    return check_entry(path, ENTRY, info, FORMAT, VERSION, "convert the network again")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qtool.deploy.entries import check_entry
 from qtool.deploy.onnx.extra import load_extra
 from qtool.deploy.onnx.session import OnnxNetwork
 from qtool.errors import ModelError
@@ -80,14 +81,7 @@ def _info(path: Path, proto: Any) -> dict[str, Any]:
         raise ModelError(
             f"{path}: has no entry {ENTRY!r} in its metadata; ONNX models that 'qtool export' wrote are read"
         ) from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ModelError(f"{path}: its entry {ENTRY!r} is not qtool's; export the network again")
-    if info.get("version") != VERSION:
-        raise ModelError(
-            f"{path}: written by another version of qtool: format version {info.get('version')}, this one "
-            f"reads {VERSION}"
-        )
-    return info
+    return check_entry(path, repr(ENTRY), info, FORMAT, VERSION, "export the network again")
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.deploy.entries import check_entry
 from qtool.errors import ModelError
 
 FORMAT = "qtool-pt2e"
@@ -123,14 +124,7 @@ def _info(path: Path, entry: bytes | None) -> dict[str, Any]:
         info = json.loads(entry)
     except ValueError as error:
         raise ModelError(f"{path}: its entry {ENTRY!r} cannot be read; export the network again") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ModelError(f"{path}: its entry {ENTRY!r} is not qtool's; export the network again")
-    if info.get("version") != VERSION:
-        raise ModelError(
-            f"{path}: written by another version of qtool: format version {info.get('version')}, this one "
-            f"reads {VERSION}"
-        )
-    return info
+    return check_entry(path, repr(ENTRY), info, FORMAT, VERSION, "export the network again")
 
 
 @contextmanager
