@@ -9,7 +9,6 @@ output of a ReLU has the extremes of its input, limited.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,9 @@ from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
-from qtool.observers.kernels import Extremes, as_rows, mean_and_squares
+from qtool.observers.kernels import Extremes, as_rows
+from qtool.observers.moments import mean_of
+from qtool.observers.scan import compile_all
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums
 from qtool.observers.tensor import Chunk, Clamp, NotFinite, TensorObserver
@@ -175,9 +176,9 @@ class Observation:
             x.clamp_(clamp.low, clamp.high)
 
     def _take_pivots(self, watch: _Watch, x: Tensor, clamped: _Watch | None) -> None:
-        self.pivots.setdefault(watch.key, _mean(x))
+        self.pivots.setdefault(watch.key, mean_of(x))
         if clamped is not None:
-            self.pivots.setdefault(clamped.key, _mean(x.clamp_(*INTERVALS[str(clamped.node.meta["op"])])))
+            self.pivots.setdefault(clamped.key, mean_of(x.clamp_(*INTERVALS[str(clamped.node.meta["op"])])))
 
     def _observer(self, share: _Share, watch: _Watch, x: Tensor) -> TensorObserver:
         if watch.key not in share.observers:
@@ -239,6 +240,7 @@ def observe(
         batchwise, pivots: see Observation.
     """
     observation = Observation(network, batchwise, dict(pivots or {}))
+    compile_all()
     handles: list[RemovableHandle] = []
     watches = observation.watches
     written_over = _written_over(network.traced)
@@ -270,14 +272,6 @@ def observe(
             handle.remove()
         for name, activation in activations.items():
             network.traced.set_submodule(name, activation)
-
-
-def _mean(x: Tensor) -> float:
-    """The mean, the same for every number of threads; 0 where there is none."""
-    if not x.numel():
-        return 0.0
-    mean, _ = mean_and_squares(x.float().reshape(-1))
-    return mean if math.isfinite(mean) else 0.0
 
 
 def _written_over(traced: fx.GraphModule) -> dict[fx.Node, fx.Node]:

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.numerics.histogram import MAX_BINS, Histogram, bins_of_range
-from qtool.observers.kernels import Extremes, Rows, mean_and_squares, rows_extremes
+from qtool.observers.kernels import Extremes, Rows
+from qtool.observers.moments import Moments, measure
+from qtool.observers.scan import absolute_deviation, compiled, count, row_length
 from qtool.observers.sums import TensorSums
 
 # Elements of each image that are sampled, at least, and how many of them lie side by side.
@@ -31,8 +33,6 @@ BLOCK = 16
 TURN = 16
 # Sampled elements that wait to be counted together.
 WAITING = 1 << 16
-# Elements of which all is computed before the next are touched, so that they are read from memory once.
-TOGETHER = 1 << 21
 
 
 class NotFinite(ValueError):
@@ -107,40 +107,35 @@ class TensorObserver:
             NotFinite: if it holds NaN or infinity.
         """
         sample = _sample(rows, chunk.first // TURN)
-        sums, clamped_sums = np.zeros(2), np.zeros(2)
-        lows: list[Tensor] = []
-        highs: list[Tensor] = []
-        for part in rows.parts(TOGETHER):
-            if known is None:
-                low, high = rows_extremes(part, rows.channels_last)
-                lows.append(low)
-                highs.append(high)
-            flat = part.reshape(-1)
-            sums += self._deviations(flat)
-            if clamp is not None:
-                clamped_sums += clamp.observer._deviations(flat.clamp_(clamp.low, clamp.high))
-        whole = known or Extremes.of_parts(lows, highs, rows.images)
-        if not np.isfinite(sums).all():
+        limits = None if clamp is None else (clamp.low, clamp.high)
+        found = measure(rows, extremes=known is None, limits=limits)
+        whole = known or found.extremes
+        assert whole is not None
+        if not math.isfinite(found.moments.squares):
             _refuse_infinite(whole, chunk.first)
-        self._take_in(rows, chunk, whole, sums, sample)
-        if clamp is not None:
-            limits = clamp.low, clamp.high
-            clamp.observer._take_in(
-                rows, chunk, whole.clamped(*limits), clamped_sums, np.clip(sample, *limits)
-            )
+        self._take_in(rows, chunk, whole, found.moments, sample)
+        if clamp is not None and limits is not None and found.clamped is not None:
+            clamped = sample.clamp(*limits)
+            clamp.observer._take_in(rows, chunk, whole.clamped(*limits), found.clamped, clamped)
 
     def _take_in(
         self,
         rows: Rows,
         chunk: Chunk,
         whole: Extremes,
-        sums: NDArray[np.float64],
-        sample: NDArray[np.float32],
+        moments: Moments,
+        sample: Tensor,
     ) -> None:
-        self._numel += rows.values.numel()
-        assert self.pivot is not None
-        absolute = _absolute(sample, self.pivot)
-        self._note_images(chunk.number, self._first_of(rows, chunk), whole, np.append(sums, absolute))
+        self._numel += moments.count
+        if self.pivot is None:
+            self.pivot = moments.mean
+        sums = np.array(
+            [
+                *moments.about(self.pivot),
+                compiled(absolute_deviation)(sample, self.pivot, row_length(len(sample))),
+            ]
+        )
+        self._note_images(chunk.number, self._first_of(rows, chunk), whole, sums)
         self._note_channels(whole)
         self.latest = (chunk.number, whole)
         self._counts.update(sample, whole)
@@ -149,24 +144,6 @@ class TensorObserver:
     def _first_of(rows: Rows, chunk: Chunk) -> int:
         """The number of the first image; of the chunk, where images are not told apart."""
         return chunk.first if rows.images == chunk.images else chunk.number
-
-    def _deviations(self, x: Tensor) -> tuple[float, float]:
-        """Sums of x - pivot, and of its square; x is (K,)."""
-        mean, squares = mean_and_squares(x)
-        if not math.isfinite(squares):
-            return self._deviations_in_float64(x)
-        if self.pivot is None:
-            self.pivot = mean
-        shift = mean - self.pivot
-        return len(x) * shift, squares + len(x) * shift**2
-
-    def _deviations_in_float64(self, x: Tensor) -> tuple[float, float]:
-        """The same of values whose squares are beyond float32; not finite if x is not."""
-        wide = x.double()
-        if self.pivot is None:
-            self.pivot = float(wide.mean())
-        off = wide - self.pivot
-        return float(off.sum()), float(off.square().sum())
 
     def _note_images(self, number: int, first: int, found: Extremes, sums: NDArray[np.float64]) -> None:
         low, high = found.image_min, found.image_max
@@ -219,9 +196,9 @@ class RunningHistogram:
         self._low, self._high = math.inf, -math.inf
         self._exponent, self._first = 0, 0
         self._counts = torch.zeros(0, dtype=torch.int64)
-        self._waiting: list[NDArray[np.float32]] = []
+        self._waiting: list[Tensor] = []
 
-    def update(self, x: NDArray[np.float32], found: Extremes) -> None:
+    def update(self, x: Tensor, found: Extremes) -> None:
         """Count the values of x, (K,), a part of a chunk with the extremes found."""
         low, high = float(found.channel_min.min()), float(found.channel_max.max())
         if low < self._low or high > self._high:
@@ -234,11 +211,8 @@ class RunningHistogram:
     def _count(self) -> None:
         if not self._waiting:
             return
-        x = torch.from_numpy(np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0])
+        compiled(count)(self._counts, self._waiting, math.ldexp(1.0, -self._exponent), self._first)
         self._waiting.clear()
-        # Bin numbers are exact in float32, and few enough for the smallest type that bincount takes quickly.
-        index = x.mul(math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int16)
-        self._counts += torch.bincount(index, minlength=len(self._counts))
 
     def _widen(self, low: float, high: float) -> None:
         before = self.histogram() if len(self._counts) else None
@@ -259,7 +233,7 @@ class RunningHistogram:
         return Histogram(self._exponent, self._first + first, counts[first : last + 1].copy())
 
 
-def _sample(rows: Rows, turn: int) -> NDArray[np.float32]:
+def _sample(rows: Rows, turn: int) -> Tensor:
     """The elements of a chunk that are sampled, (samples,), in memory of their own.
 
     Args:
@@ -268,7 +242,7 @@ def _sample(rows: Rows, turn: int) -> NDArray[np.float32]:
     """
     x = rows.values.reshape(rows.images, -1)  # (N, K)
     if x.shape[1] <= SAMPLE:
-        return x.flatten().cpu().numpy().copy()
+        return x.flatten().to("cpu", copy=True)
     blocks = x.shape[1] // BLOCK
     stride, side = blocks * BLOCK // SAMPLE, rows.values.shape[2]
     # With a divisor in common, only some of the channels that lie side by side would ever be met.
@@ -279,15 +253,7 @@ def _sample(rows: Rows, turn: int) -> NDArray[np.float32]:
     offsets = [(turn + k) * 7919 % stride for k in range(-(-len(x) // TURN))]
     turns = zip(torch.split(whole, TURN), offsets, strict=True)
     sampled = [images[:, offset::stride][:, : blocks // stride].reshape(-1) for images, offset in turns]
-    return np.concatenate([part.cpu().numpy() for part in sampled])
-
-
-def _absolute(x: NDArray[np.float32], pivot: float) -> float:
-    """Sum of |x - pivot|; x is (K,)."""
-    with np.errstate(over="ignore"):
-        off = x - np.float32(pivot)
-        total = float(np.abs(off, out=off).sum())
-    return total if math.isfinite(total) else float(np.abs(x - np.float64(pivot)).sum())
+    return torch.cat(sampled).cpu()
 
 
 def _refuse_infinite(found: Extremes, first: int) -> None:

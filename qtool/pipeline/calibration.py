@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -138,7 +139,7 @@ def _reserve(traced: fx.GraphModule, images: int) -> None:
     example = max(1, example_size(traced))
     held = most_live_bytes(traced) * images // example
     with suppress(RuntimeError):  # there is less memory; it may do all the same
-        torch.empty(int(held * SPREAD), dtype=torch.uint8).fill_(0)
+        torch.empty(int(held * SPREAD), dtype=torch.uint8)[:: mmap.PAGESIZE].fill_(0)
 
 
 def _as_input(images: Tensor, device: str | torch.device) -> Tensor:

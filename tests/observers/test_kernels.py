@@ -6,19 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.observers.kernels import (
-    WIDE,
-    Extremes,
-    as_rows,
-    mean_and_squares,
-    rows_extremes,
-)
+from qtool.observers.kernels import Extremes, as_rows
+from qtool.observers.scan import rows_extremes
 
 
 def extremes(rows):
     """Those of all rows together, as of a single part."""
     low, high = rows_extremes(rows.values, rows.channels_last)
-    return Extremes.of_parts([low], [high], rows.images)
+    return Extremes.of_rows(low, high, rows.images)
 
 
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=4)
@@ -90,16 +85,7 @@ def test_a_large_image_is_cut_into_equal_parts():
     rows = as_rows(x, 2, 0, 1)
     parts = rows.parts(100)
     assert [tuple(part.shape) for part in parts] == [(1, 12, 7)] * 8
-    found = Extremes.of_parts(*zip(*(rows_extremes(p, True) for p in parts), strict=True), images=2)
+    lows, highs = zip(*(rows_extremes(part, True) for part in parts), strict=True)
+    found = Extremes.of_rows(torch.cat(lows), torch.cat(highs), images=2)
     np.testing.assert_array_equal(found.image_max, x.flatten(1).amax(1))
     np.testing.assert_array_equal(found.channel_min, x.amin((0, 2, 3)))
-
-
-@pytest.mark.parametrize("count", [1, 100, WIDE, 3 * WIDE + 17, 2**20])
-@pytest.mark.parametrize("shift", [0.0, 3.0, 50.0])
-def test_mean_and_squares_are_those_of_float64(count, shift):
-    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) + shift
-    mean, squares = mean_and_squares(x)
-    wide = x.double()
-    assert mean == pytest.approx(float(wide.mean()), abs=1e-6 * (1 + shift))
-    assert squares == pytest.approx(float((wide - wide.mean()).square().sum()), rel=1e-5)

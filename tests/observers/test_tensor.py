@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.observers.kernels import WIDE, as_rows
+from qtool.observers.kernels import as_rows
+from qtool.observers.moments import TOGETHER
+from qtool.observers.scan import WIDE
 from qtool.observers.stats import ActivationStats
 from qtool.observers.sums import TensorSums
-from qtool.observers.tensor import SAMPLE, TOGETHER, Chunk, NotFinite, TensorObserver
+from qtool.observers.tensor import SAMPLE, Chunk, NotFinite, TensorObserver
 
 
 def sums(
