@@ -25,8 +25,8 @@ from qtool.graph.fold import Folded, fold_batch_norms
 from qtool.graph.trace import layers as traced_layers
 from qtool.graph.trace import tensor_inputs
 from qtool.quantizers.lockstep import Lockstep
-from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import ModelPlan
+from qtool.quantizers.weighted import weighted_function
 
 METHOD = "analytic_bias_correction"
 NOT_KNOWN = "no batch norm in front of it says the mean of what it reads"

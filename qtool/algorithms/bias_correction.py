@@ -28,10 +28,10 @@ from qtool.graph.fold import Folded, output_channels_first, restore_layout
 from qtool.numerics.affine import along_axis
 from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
-from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
 from qtool.quantizers.plan.derived import saturates, with_room
 from qtool.quantizers.plan.weights_only import weights_only
+from qtool.quantizers.weighted import weighted_function
 
 FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
 STEERED = "the network's code branches or loops by values, which cannot be walked layer by layer"

@@ -60,7 +60,7 @@ def mean_output(inputs: MeanInput, compute: Compute, weight: Tensor) -> Tensor:
 
     Args:
         inputs: the mean of what it reads.
-        compute: the layer as a function of input and weight, see quantizers.modules.weighted_function.
+        compute: the layer as a function of input and weight, see quantizers.weighted.weighted_function.
         weight: in the layer's layout.
 
     Returns:

@@ -17,8 +17,8 @@ from torch import Size, Tensor, fx, nn
 from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
 from qtool.quantizers.limits import activated
-from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import IDENTITY, INTEGER, LayerPlan
+from qtool.quantizers.weighted import weighted_function
 
 # Gives, for a shape, 1.0 where a value goes on its grid and 0.0 where it stays off it.
 Masks = Callable[[Size], Tensor]

@@ -33,9 +33,9 @@ from qtool.graph.fold import Folded, output_channels_first, restore_layout
 from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize, quantize
 from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import Lockstep, Moment, float_bias
-from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.plan import ModelPlan
 from qtool.quantizers.plan.derived import saturates
+from qtool.quantizers.weighted import weighted_function
 from qtool.quantizers.weights import integer_dtype, weight_values
 
 METHOD = "weight_correction"

@@ -21,7 +21,7 @@ from qtool.graph import ops
 from qtool.graph.fold import Folded
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import QParams
-from qtool.quantizers.modules import Dequantize
+from qtool.quantizers.grids import Dequantize
 from qtool.quantizers.plan import EMBEDDING, FAKE, INTEGER, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
 from qtool.quantizers.plan.derived import (
     grid_of_value,

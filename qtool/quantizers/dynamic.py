@@ -23,9 +23,11 @@ from qtool.numerics.affine import along_axis, approximate_multiplier, qparams_fr
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import InputSpec, QParams
 from qtool.quantizers import plan as plans
+from qtool.quantizers.grids import clamp_accumulator, exact_ratio
 from qtool.quantizers.limits import OutputClamp, activated
-from qtool.quantizers.modules import Cast, clamp_accumulator, exact_ratio, weighted_function
+from qtool.quantizers.modules import Cast
 from qtool.quantizers.plan import DYNAMIC_FAKE, LayerPlan
+from qtool.quantizers.weighted import weighted_function
 from qtool.quantizers.weights import (
     weight_centered,
 )

@@ -12,15 +12,10 @@ from torch import Tensor, fx
 
 from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
-from qtool.quantizers.modules import (
-    Dequantize,
-    FakeQuantize,
-    QuantAdd,
-    QuantCat,
-    Quantize,
-    QuantProduct,
-    QuantWeighted,
-)
+from qtool.quantizers.grids import Dequantize, Quantize
+from qtool.quantizers.modules import FakeQuantize, QuantProduct
+from qtool.quantizers.rescaling import QuantAdd, QuantCat
+from qtool.quantizers.weighted import QuantWeighted
 
 # Operations in float on each value alone, and those that pick some values.
 EACH_ALONE = frozenset(

@@ -20,23 +20,13 @@ from qtool.numerics.spec import LayerSpec, QParams
 from qtool.observers.stats import ModelStats
 from qtool.quantizers import plan as plans
 from qtool.quantizers.dynamic import DynamicBuilder
+from qtool.quantizers.grids import Dequantize, Quantize, Requantize, largest_integer
 from qtool.quantizers.layout import read_in_order
-from qtool.quantizers.modules import (
-    Cast,
-    Dequantize,
-    FakeQuantize,
-    QuantAdd,
-    QuantAddOnce,
-    QuantCat,
-    QuantEmbedding,
-    Quantize,
-    QuantProduct,
-    QuantWeighted,
-    Requantize,
-    largest_integer,
-)
+from qtool.quantizers.modules import Cast, FakeQuantize, QuantEmbedding, QuantProduct
 from qtool.quantizers.plan import LayerPlan, ModelPlan, plan_dynamic, plan_model
 from qtool.quantizers.plan.derived import grids_read
+from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce, QuantCat
+from qtool.quantizers.weighted import QuantWeighted
 from qtool.quantizers.weights import weight_centered, weight_values
 
 

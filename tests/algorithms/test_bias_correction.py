@@ -17,8 +17,8 @@ from qtool.algorithms.bias_correction import (
 )
 from qtool.algorithms.channel_means import MeanInput, mean_output
 from qtool.numerics.affine import along_axis, quantize_centered
-from qtool.quantizers.modules import weighted_function
 from qtool.quantizers.prepare import build
+from qtool.quantizers.weighted import weighted_function
 
 PASSES = {"fast": correct_bias, "sequential": correct_bias_sequentially}
 

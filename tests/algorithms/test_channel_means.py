@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qtool.algorithms.channel_means import MeanInput, Spread, mean_output
-from qtool.quantizers.modules import weighted_function
+from qtool.quantizers.weighted import weighted_function
 
 LAYERS = {
     "conv": (nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=False), (10, 3, 7, 7)),

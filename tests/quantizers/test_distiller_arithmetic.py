@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qtool
-from qtool.quantizers.modules import Quantize
+from qtool.quantizers.grids import Quantize
 
 LAPLACE = {4: (5.03, 6.2), 6: (7.41, 8.64), 8: (9.89, 11.16)}
 GAUSS = {4: (2.55, 2.93), 6: (3.28, 3.61), 8: (3.92, 4.2)}

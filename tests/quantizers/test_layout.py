@@ -11,16 +11,11 @@ from torch.nn import functional as F
 
 import qtool
 from qtool.numerics.spec import QParams, QuantSpec
+from qtool.quantizers.grids import Requantize, clamp_accumulator
 from qtool.quantizers.layout import read_in_order
-from qtool.quantizers.modules import (
-    QuantAdd,
-    QuantWeighted,
-    Requantize,
-    adds_up_products,
-    clamp_accumulator,
-    largest_sum,
-)
 from qtool.quantizers.prepare import QuantizedModel
+from qtool.quantizers.rescaling import QuantAdd
+from qtool.quantizers.weighted import QuantWeighted, adds_up_products, largest_sum
 
 
 def accumulate_plainly(self: QuantWeighted, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import qtool
 from qtool.config import QuantizeConfig
 from qtool.numerics.spec import QParams, QuantSpec
-from qtool.quantizers.modules import QuantAdd, QuantAddOnce
+from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce
 
 SPEC = QuantSpec.from_mode("asym_u", 8)
 

@@ -15,7 +15,7 @@ from qtool.numerics.metrics import sqnr_db
 from qtool.numerics.spec import QParams, QuantSpec
 from qtool.observers.stats import ModelStats
 from qtool.quantizers.checkpoint import FORMAT, VERSION
-from qtool.quantizers.modules import Requantize
+from qtool.quantizers.grids import Requantize
 
 SETTINGS = {
     "defaults": {},

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qtool
-from qtool.quantizers.modules import Quantize
+from qtool.quantizers.grids import Quantize
 from qtool.quantizers.plan import INTEGER
 
 

@@ -33,7 +33,8 @@ from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.spec import QParams
 from qtool.quantizers import plan as plans
-from qtool.quantizers.modules import Dequantize, FakeQuantize, Quantize
+from qtool.quantizers.grids import Dequantize, Quantize
+from qtool.quantizers.modules import FakeQuantize
 from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.prepare import QuantizedModel
 

@@ -14,8 +14,9 @@ from qtool.deploy.native.weights import kernel_integers
 from qtool.graph import ops
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import InputSpec, LayerSpec
-from qtool.quantizers.modules import Quantize, QuantWeighted
+from qtool.quantizers.grids import Quantize
 from qtool.quantizers.prepare import QuantizedModel
+from qtool.quantizers.weighted import QuantWeighted
 
 
 def reduce_ranges(

@@ -31,15 +31,10 @@ from qtool.deploy.native.kernels import (
 )
 from qtool.deploy.native.target import Target
 from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
-from qtool.quantizers.modules import (
-    FakeQuantize,
-    QuantAdd,
-    QuantAddOnce,
-    QuantCat,
-    QuantProduct,
-    QuantWeighted,
-)
+from qtool.quantizers.modules import FakeQuantize, QuantProduct
 from qtool.quantizers.plan import LayerPlan
+from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce, QuantCat
+from qtool.quantizers.weighted import QuantWeighted
 
 # The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
 ONEDNN_MAX_GROUPS = 100

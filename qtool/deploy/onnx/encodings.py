@@ -19,7 +19,7 @@ from typing import Any
 from qtool.errors import ConfigError
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.spec import QParams
-from qtool.quantizers.modules import Quantize
+from qtool.quantizers.grids import Quantize
 from qtool.quantizers.prepare import QuantizedModel
 
 VERSION = "0.6.1"

@@ -26,16 +26,10 @@ from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.spec import QParams
 from qtool.quantizers import plan as plans
-from qtool.quantizers.modules import (
-    Cast,
-    Dequantize,
-    FakeQuantize,
-    QuantAdd,
-    QuantCat,
-    Quantize,
-    QuantProduct,
-)
+from qtool.quantizers.grids import Dequantize, Quantize
+from qtool.quantizers.modules import Cast, FakeQuantize, QuantProduct
 from qtool.quantizers.plan import LayerPlan
+from qtool.quantizers.rescaling import QuantAdd, QuantCat
 
 # onnxruntime leaves these out in front of a QuantizeLinear whose range ends where they do, and is then left
 # with two roundings that follow each other.

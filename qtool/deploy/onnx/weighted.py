@@ -13,8 +13,8 @@ from qtool.deploy.onnx.site import Site
 from qtool.deploy.onnx.writer import NotInOnnx
 from qtool.graph.fold import swap_channels
 from qtool.numerics.spec import QParams
-from qtool.quantizers.modules import QuantWeighted
 from qtool.quantizers.plan import LayerPlan
+from qtool.quantizers.weighted import QuantWeighted
 from qtool.quantizers.weights import channel_magnitudes
 
 # Steps of the output that are less than the rounding of float32.

@@ -28,10 +28,12 @@ from qtool.errors import ConfigError
 from qtool.graph.fold import swap_channels
 from qtool.graph.trace import copy_graph, tensor_inputs
 from qtool.quantizers import plan as plans
-from qtool.quantizers.modules import Dequantize, FakeQuantize, Quantize, QuantProduct, QuantWeighted
-from qtool.quantizers.modules import weighted_function as function_of
+from qtool.quantizers.grids import Dequantize, Quantize
+from qtool.quantizers.modules import FakeQuantize, QuantProduct
 from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.prepare import QuantizedModel
+from qtool.quantizers.weighted import QuantWeighted
+from qtool.quantizers.weighted import weighted_function as function_of
 
 # Programs compute sums in float32, which has no width to saturate at.
 ACCUM_BITS = 32

@@ -13,7 +13,7 @@ from qtool.graph.capped import limit_of
 from qtool.graph.trace import tensor_inputs
 from qtool.numerics.affine import along_axis, approximate_multiplier
 from qtool.numerics.spec import QParams
-from qtool.quantizers.modules import exact_ratio
+from qtool.quantizers.grids import exact_ratio
 from qtool.quantizers.plan.records import EMBEDDING, FAKE, IDENTITY, INTEGER, LayerPlan
 from qtool.quantizers.weights import accumulator_bits, quantize_bias, weight_integers
 
