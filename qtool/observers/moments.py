@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.observers.kernels import Extremes, Rows
 from qtool.observers.scan import Sums, compiled, row_length, scan
 
-# Elements of which all is computed before the next are touched, so that they are read from memory once.
+# Elements of which all is computed before the next are touched, so that a CPU reads them from memory once.
 TOGETHER = 1 << 19
 
 
@@ -73,12 +73,13 @@ def measure(rows: Rows, *, extremes: bool = True, limits: tuple[float, float] | 
         extremes: whether they are wanted.
         limits: to which the values are clamped in place once they are taken in.
     """
-    parts = rows.parts(TOGETHER)
+    values = rows.values
+    parts = rows.parts(TOGETHER if values.device.type == "cpu" else values.numel())
     lengths = [row_length(part.numel()) for part in parts]
     low, high, sums, clamped = compiled(scan)(
         parts, lengths, rows.channels_last, extremes, list(limits or ())
     )
-    count = rows.values.numel()
+    count = values.numel()
     return Measured(
         Extremes.of_rows(low, high, rows.images) if extremes else None,
         Moments.of_sums(sums, count),
