@@ -112,17 +112,22 @@ def measure(
                 with torch.no_grad():  # which is a thread's own setting
                     observation.run(_as_input(images, device), number, number * size)
 
+            def look(images: Tensor) -> None:
+                with torch.no_grad():
+                    observation.look(_as_input(images, device))
+
             decides = has_decisions(traced.graph)
+            together = 1 if decides or torch.device(device).type != "cpu" else TOGETHER
             waiting = list(itertools.islice(chunks_left, 2))
             if ranks.first:
                 # All threads and processes measure deviations from the same values, the first image's; where
-                # images take branches, from those of the chunk that takes them first.
+                # images take branches, from those of the chunk that takes them first. Those are the same for
+                # every number of threads too, if as many as a chunk has compute them.
                 if waiting and decides:
                     run(*waiting.pop(0))
                 elif waiting:
-                    observation.look(_as_input(waiting[0][1][:1], device))
+                    run_in_threads(look, [(waiting[0][1][:1],)], together)
                 ranks.from_first(observation.pivots)
-            together = 1 if decides or torch.device(device).type != "cpu" else TOGETHER
             if together > 1 and len(waiting) > 1:
                 _reserve(network.traced, size * min(together, torch.get_num_threads()))
             run_in_threads(run, itertools.chain(waiting, chunks_left), together)

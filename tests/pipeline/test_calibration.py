@@ -44,14 +44,17 @@ def test_statistics_are_equal_for_every_batch_size(arch):
         assert qtool.calibrate(traced, x.split(size)).layers == whole.layers, size
 
 
-def test_statistics_are_equal_for_every_number_of_threads(tiny_net):
-    x = torch.randn(600, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("arch", "count", "side"), [(None, 600, 8), ("squeezenet1_1", 70, 64)])
+def test_statistics_are_equal_for_every_number_of_threads(arch, count, side, tiny_net):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, arch)(weights=None).eval() if arch else tiny_net
+    x = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            found.append(qtool.calibrate(tiny_net, x.split(32)).layers)
+            found.append(qtool.calibrate(model, x.split(32)).layers)
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
