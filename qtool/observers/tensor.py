@@ -129,12 +129,8 @@ class TensorObserver:
         self._numel += moments.count
         if self.pivot is None:
             self.pivot = moments.mean
-        sums = np.array(
-            [
-                *moments.about(self.pivot),
-                compiled(absolute_deviation)(sample, self.pivot, row_length(len(sample))),
-            ]
-        )
+        absolute = compiled(absolute_deviation)(sample, self.pivot, row_length(len(sample)))
+        sums = np.array([*moments.about(self.pivot), absolute])
         self._note_images(chunk.number, self._first_of(rows, chunk), whole, sums)
         self._note_channels(whole)
         self.latest = (chunk.number, whole)
