@@ -153,3 +153,22 @@ def test_of_resnet18_on_real_images(run_cli, chdir_tmp, shared_data):
     folder = Path(result.stdout.splitlines()[-1])
     rows = yaml.safe_load((folder / "sensitivity.yaml").read_text())["groups"]
     assert len(rows) == 31 and all(30 < row["sqnr_db"] < 65 for row in rows)
+
+
+@pytest.mark.parametrize("workers", ["2", "ray:2"])
+def test_workers_measure_the_same_as_one_process(run, workers):
+    if workers.startswith("ray"):
+        pytest.importorskip("ray")
+    asked = ("--exact", "--direction", "both", "--bits", "8,4", "--qe-mode", "asym_u")
+    _, serial, _ = run(*asked)
+    _, parallel, _ = run(*asked, "--workers", workers)
+    assert [
+        {k: pytest.approx(v, rel=1e-5, abs=1e-8) if isinstance(v, float) else v for k, v in row.items()}
+        for row in serial["groups"]
+    ] == parallel["groups"]
+
+
+def test_workers_for_an_estimate_are_refused(run_cli):
+    result = run_cli("sensitivity", *QUICK, "--workers", "2")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --workers: the damage of all groups is estimated at once")

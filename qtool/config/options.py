@@ -122,6 +122,19 @@ class Counts(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
+class WorkersOf(click.ParamType[str]):
+    """How many processes, or a Ray cluster with as many workers as it has processors, or with so many."""
+
+    name = "N|ray|ray:N"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        kind, colon, count = text.rpartition(":")
+        if text == "ray" or (count.isdigit() and int(count) > 0 and (kind == "ray" or not colon)):
+            return text
+        self.fail(f"{text!r} is not a number of processes such as 2, nor ray or ray:N.", param, ctx)
+
+
 class Widths(Counts):
     """Bit widths separated by commas, each once."""
 

@@ -26,11 +26,11 @@ from qtool.config.options import (
     Share,
     Widths,
     Words,
+    WorkersOf,
     options_of,
 )
 from qtool.config.sections import INPUT_SETTINGS, LISTS, OVERRIDABLE, SECTIONS, QuantizeConfig
 from qtool.config.sections.corrections import METHODS, Method
-from qtool.config.sections.tuning import WorkersOf
 from qtool.config.wording import default_of_key, help_of_key
 from qtool.numerics.spec import MAX_BITS, MIN_BITS
 

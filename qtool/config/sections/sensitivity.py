@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from qtool.config.options import Widths, option
+from qtool.config.options import Widths, WorkersOf, option
 
 DAMAGE, GAIN, BOTH = "damage", "gain", "both"
 GROUP, LAYER = "group", "layer"
@@ -53,4 +53,11 @@ class SensitivityConfig:
     )
     worst: int = option(
         3, click.IntRange(0), "How many of the worst groups to give overrides for.", "--worst"
+    )
+    point_workers: str = option(
+        "1",
+        WorkersOf(),
+        "Who measures groups: so many processes, or a Ray cluster (the extra qtool[ray]).",
+        "--workers",
+        metavar="N|ray",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qtool.config.options import OUTPUT, NonNegativeFloat, Words, option
+from qtool.config.options import OUTPUT, NonNegativeFloat, Words, WorkersOf, option
 from qtool.config.sections.evaluation import AUTO, ENGINES
 from qtool.numerics.spec import MAX_BITS, MIN_BITS
 
@@ -18,19 +18,6 @@ STRATEGIES = ("basic", "greedy-revert", "bayesian", "exhaustive", "random")
 TUNED = ("modes", "estimators", "granularity", "ends", "corrections", "groups")
 FLOAT = "float"
 AT_GOAL, AT_LIMIT = "goal", "limit"
-
-
-class WorkersOf(click.ParamType[str]):
-    """How many processes, or a Ray cluster with as many workers as it has processors, or with so many."""
-
-    name = "N|ray|ray:N"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value)
-        kind, colon, count = text.rpartition(":")
-        if text == "ray" or (count.isdigit() and int(count) > 0 and (kind == "ray" or not colon)):
-            return text
-        self.fail(f"{text!r} is not a number of processes such as 2, nor ray or ray:N.", param, ctx)
 
 
 @dataclass(frozen=True)

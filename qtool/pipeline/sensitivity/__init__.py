@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 import qtool.config as configs
 from qtool.config import Config, dump_quantizers
+from qtool.config.sections.sensitivity import DAMAGE
 from qtool.errors import ConfigError
+from qtool.observers.stats import ModelStats
 from qtool.pipeline import runs
 from qtool.pipeline.run_folder import run_folder
-from qtool.pipeline.sensitivity.measuring import Row, measure
-from qtool.pipeline.sensitivity.opening import Opened, open_measurement
+from qtool.pipeline.sensitivity.measuring import Batches, Measurer, Row, is_estimated, measure
+from qtool.pipeline.sensitivity.opening import COMMAND, MakeMeasurer, Opened, open_measurement
 from qtool.pipeline.sensitivity.reports import as_csv, as_yaml, overridden, overrides_for, tables
 from qtool.run_dir import write_text
+from qtool.search.workers import RAY, Pool, crew_of, load_ray
 
 LOG = logging.getLogger("qtool")
 
+# Of each worker: they do not all take the same time.
+SHARES = 2
 YAML_FILE, CSV_FILE, WORST_FILE = "sensitivity.yaml", "sensitivity.csv", "worst.yaml"
-COMMAND = "sensitivity"
 
 
 def run(config: Config) -> runs.Outcome:
@@ -36,7 +42,7 @@ def run(config: Config) -> runs.Outcome:
         LOG.info("measuring on %s", opened.images.words)
         batches = opened.batches(config)
         start = time.perf_counter()
-        rows = measure(opened.traced, stats, opened.quantizers, batches, asked, config.run.seed)
+        rows = _rows(config, opened, stats, batches)
         seconds = time.perf_counter() - start
         if not rows:
             raise ConfigError(
@@ -49,6 +55,18 @@ def run(config: Config) -> runs.Outcome:
         parts += _worst(config, opened, rows, folder / WORST_FILE)
         write_text(folder / runs.RESULTS_FILE, json.dumps({"sensitivity": head}, indent=2) + "\n")
     return runs.Outcome("\n".join([*parts, str(folder)]), folder, {"sensitivity": head})
+
+
+def _rows(config: Config, opened: Opened, stats: ModelStats, batches: Batches) -> list[Row]:
+    """What there is to say of each group, measured by this process, others, or a cluster."""
+    asked, seed = config.sensitivity, config.run.seed
+    with tqdm(desc="measuring", unit="run", leave=False, disable=None) as bar:
+        measurer = Measurer(opened.traced, stats, opened.quantizers, batches, asked, bar.update)
+        crew = crew_of(asked.point_workers, MakeMeasurer(config, stats))
+        if crew is None:
+            return measure(measurer, seed, lambda shares: map(measurer, shares))
+        with closing(crew):
+            return measure(measurer, seed, Pool(crew).run, SHARES * crew.size)
 
 
 def _check(config: Config) -> None:
@@ -65,6 +83,13 @@ def _check(config: Config) -> None:
     if asked.exact and (asked.direction == "gain" or asked.by in ("loss", "top1")):
         what = "--direction gain" if asked.direction == "gain" else f"--by {asked.by}"
         raise ConfigError(f"--exact: {what} is always measured, never estimated; leave it out")
+    if asked.point_workers != "1" and asked.direction == DAMAGE and is_estimated(asked):
+        raise ConfigError(
+            "--workers: the damage of all groups is estimated at once, in this process; measure each with "
+            "--exact, or leave --workers out"
+        )
+    if asked.point_workers.startswith(RAY):
+        load_ray()
 
 
 def _head(config: Config, opened: Opened, images: int, seconds: float) -> dict[str, Any]:

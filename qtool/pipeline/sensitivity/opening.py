@@ -20,8 +20,12 @@ from qtool.pipeline.corrections.presets import choose, traits_of
 from qtool.pipeline.inputs import Images, Subject, open_calibration, open_evaluation, open_subject
 from qtool.pipeline.notes import note_idle_settings
 from qtool.pipeline.ranges import Ranges, find_ranges, find_stats
+from qtool.pipeline.sensitivity.measuring import Measurer
+from qtool.pipeline.workers import for_worker
 
 LOG = logging.getLogger("qtool")
+
+COMMAND = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,22 @@ def with_estimators(config: Config, traced: fx.GraphModule) -> QuantizeConfig:
     traits = traits_of(traced, steps.specs_for(traced, config.quantizers))
     LOG.info("preset %s: its estimators; single layers are measured without corrections", preset)
     return choose(str(preset), config.quantizers, traits).quantizers
+
+
+@dataclass(frozen=True)
+class MakeMeasurer:
+    """Makes what measures groups, in another process.
+
+    Args:
+        config: of the run.
+        stats: of the float network.
+    """
+
+    config: Config
+    stats: ModelStats
+
+    def __call__(self) -> Measurer:
+        config = for_worker(self.config)
+        opened = open_measurement(config, COMMAND, config.sensitivity.measured_images)
+        batches = opened.batches(config)
+        return Measurer(opened.traced, self.stats, opened.quantizers, batches, config.sensitivity)

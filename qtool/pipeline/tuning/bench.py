@@ -37,6 +37,7 @@ from qtool.pipeline.passes import measure_stats
 from qtool.pipeline.tuning.files import unpack
 from qtool.pipeline.tuning.numbers import numbers, relative_errors, rows_of
 from qtool.pipeline.tuning.space import TuningSpace, config_of
+from qtool.pipeline.workers import for_worker
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Result
 from qtool.search.costs import costs
@@ -246,9 +247,7 @@ class MakeBench:
     files: Mapping[str, bytes]
 
     def __call__(self) -> Bench:
-        # A worker has no children, and shows no bars.
-        data = replace(self.config.data, workers=0, print_freq=1 << 30)
-        config = replace(self.config, data=data)
+        config = for_worker(self.config)
         subject = open_subject(config)
         evaluation = open_evaluation(config, subject)
         stats, float_result = unpack(self.files)

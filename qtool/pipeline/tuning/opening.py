@@ -38,11 +38,9 @@ from qtool.pipeline.tuning.space import check_space, tuning_space
 from qtool.quantizers.plan import plan_model
 from qtool.search.history import History
 from qtool.search.strategies.bayesian import load_optuna
-from qtool.search.workers.ray_cluster import load_ray
+from qtool.search.workers import RAY, load_ray
 
 LOG = logging.getLogger("qtool")
-
-RAY = "ray"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
-import torch
 from tqdm import tqdm
 
 from qtool.config import Config, dump_config
@@ -15,7 +14,7 @@ from qtool.deploy.engine import AUTO
 from qtool.pipeline import runs
 from qtool.pipeline.run_folder import run_folder
 from qtool.pipeline.tuning.bench import Bench, MakeBench, Parts
-from qtool.pipeline.tuning.opening import RAY, inputs_of, open_parts, open_tuning, versions
+from qtool.pipeline.tuning.opening import inputs_of, open_parts, open_tuning, versions
 from qtool.pipeline.tuning.report import candidate_words, line_of
 from qtool.pipeline.tuning.result import conclude, goal_of
 from qtool.pipeline.tuning.space import config_of
@@ -25,7 +24,7 @@ from qtool.search.outcomes import Outcome
 from qtool.search.space import CONFIRM, TRIAL, Finding, Proposal
 from qtool.search.strategies import STRATEGIES
 from qtool.search.tuner import Limits, Measure, Rules, Tuned, Tuner
-from qtool.search.workers import Crew, LocalCrew, Pool, RayCrew
+from qtool.search.workers import Pool, crew_of
 
 LOG = logging.getLogger("qtool")
 
@@ -106,16 +105,10 @@ def goal_words(goal: Goal, float_value: float) -> str:
 @contextmanager
 def _measuring(config: Config, parts: Parts, bench: Bench, history: History) -> Iterator[Measure]:
     """What measures proposals: this process, others, or a cluster."""
-    kind, _, count = config.tuning.trial_workers.rpartition(":")
-    make = MakeBench(config, parts.space, history.files())
-    crew: Crew
-    if RAY in (kind, count):
-        crew = RayCrew(int(count) if kind else None, make)
-    elif count == "1":
+    crew = crew_of(config.tuning.trial_workers, MakeBench(config, parts.space, history.files()))
+    if crew is None:
         yield lambda proposals: _one_by_one(bench, proposals)
         return
-    else:
-        crew = LocalCrew(int(count), make, max(1, torch.get_num_threads() // int(count)))
     LOG.info("%d workers", crew.size)
     with closing(crew):
         yield Pool(crew).run
