@@ -66,7 +66,7 @@ class QuantizeConfig:
     clip_activations: str = option(
         "none",
         click.Choice((*CLIP_MODES, "auto")),
-        "How the range of activations is chosen (docs/estimators.md); auto by the bits.",
+        "How the range of activations is chosen (docs/estimators.md); auto is mse.",
         "--qe-clip-acts",
         "--qeca",
     )
@@ -102,7 +102,7 @@ class QuantizeConfig:
     clip_weights: str = option(
         "none",
         click.Choice((*WEIGHT_CLIP_MODES, "auto")),
-        "How the range of weights is chosen; auto by the bits.",
+        "How the range of weights is chosen; auto is mse below 8 bits, else none.",
         "--qe-clip-wts",
     )
     clip_percentile_weights: float | None = option(

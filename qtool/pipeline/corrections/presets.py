@@ -116,9 +116,7 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
         quantizers = replace(quantizers, clip_weights=AUTO)
     if quantizers.clip_activations == "none":
         quantizers = replace(quantizers, clip_activations=AUTO)
-        words.append(
-            "ranges by the bits: below 8 mse, else percentile 99.999 (activations), extremes (weights)"
-        )
+        words.append("ranges by mse; those of weights with 8 bits or more by their extremes")
     return quantizers
 
 

@@ -114,7 +114,7 @@ def _dimensions(config: Config, tuned: Sequence[str]) -> Iterable[Dimension]:
     if "modes" in tuned and activations:
         yield _dimension("mode_activations", asked.mode_activations or asked.mode, "asym_u", "sym")
     if "estimators" in tuned and activations:
-        yield _dimension("clip_activations", asked.clip_activations, "auto", "mse")
+        yield _dimension("clip_activations", asked.clip_activations, "mse", "kl")
     if "modes" in tuned and weights:
         yield _dimension("mode_weights", asked.mode_weights or asked.mode, "sym")
     if "estimators" in tuned and weights and not asked.also_clip_weights:

@@ -44,7 +44,7 @@ def test_the_space_starts_where_the_settings_are(opened):
     space = space_of(config)
     assert options_of(space) == {
         "mode_activations": ("sym_restr", "asym_u", "sym"),
-        "clip_activations": ("avg", "auto", "mse"),
+        "clip_activations": ("avg", "mse", "kl"),
         "mode_weights": ("sym_restr", "sym"),
         "clip_weights": ("none", "mse"),
         "per_channel_weights": (False, True),
