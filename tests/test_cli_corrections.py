@@ -17,7 +17,7 @@ def _results(folder):
 def test_a_preset_says_what_it_chose_and_records_what_was_done(run_cli, chdir_tmp):
     result = run_cli("quantize", "--preset", "accurate", *FOUR_BITS, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "preset accurate: ranges by the bits" in result.stderr
+    assert "preset accurate: ranges by mse" in result.stderr
     record, folder = _results(chdir_tmp)
     assert record["corrections"]["preset"] == "accurate"
     methods = {m["method"]: m for m in record["corrections"]["methods"]}
