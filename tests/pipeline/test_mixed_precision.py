@@ -129,6 +129,18 @@ def test_what_cannot_be_is_refused(find, flags, message):
         find(**flags)
 
 
+@pytest.mark.parametrize("flags", [{"mean_bits": 1.5}, {"size_budget": 0.0624}])
+def test_a_hopeless_budget_is_refused_before_calibration(find, chdir_tmp, flags):
+    with pytest.raises(ConfigError, match="less than the fewest bits take"):
+        find(**flags)
+    assert not (chdir_tmp / "logs").exists()
+
+
+def test_weights_in_float_make_a_budget_too_small_after_all(find):
+    with pytest.raises(ConfigError, match=r"--size-budget: 0.07 .* give at least 0\.\d+, or fewer bits"):
+        find(size_budget=0.07, no_quant_layers=("fc",))
+
+
 def test_a_preset_serves_both_the_choice_and_the_run(find, caplog):
     caplog.set_level(logging.INFO, logger="qtool")
     logging.getLogger("qtool").propagate = True

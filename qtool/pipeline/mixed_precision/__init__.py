@@ -17,8 +17,8 @@ from qtool.config import CalibrationConfig, Config, QuantizeConfig, dump_quantiz
 from qtool.errors import ConfigError
 from qtool.graph.trace import layers
 from qtool.numerics.metrics import ratio_db
-from qtool.pipeline import runs
-from qtool.pipeline.mixed_precision.costs import BOPS, SIZE, WORDS, Costs, costs
+from qtool.pipeline import runs, steps
+from qtool.pipeline.mixed_precision.costs import BOPS, FLOAT_BITS, MEAN, SIZE, WORDS, Costs, costs
 from qtool.pipeline.mixed_precision.plot import Curve, as_svg, as_text
 from qtool.pipeline.mixed_precision.table import Table, damage_table
 from qtool.pipeline.run_folder import run_folder
@@ -43,6 +43,7 @@ def find_bits(config: Config) -> runs.Outcome:
     asked = config.mixed
     assert asked.choices is not None
     opened = open_measurement(config, COMMAND, asked.mixed_images)
+    _refuse_hopeless(flag, budget, asked.choices, opened)
     with run_folder(config) as folder:
         LOG.info("network: %s, %s", opened.subject.arch, opened.subject.weights)
         stats = opened.stats(config, folder)
@@ -92,14 +93,31 @@ def _check(config: Config) -> tuple[str, float]:
     return flag, budget
 
 
+def _refuse_hopeless(flag: str, budget: float, choices: Sequence[int], opened: Opened) -> None:
+    """Refuse, before any long work, a budget below what the fewest bits of any weight take.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    specs = steps.specs_for(opened.traced, opened.quantizers).values()
+    fewest = min(*choices, *(spec.weight.num_bits for spec in specs if spec.weight is not None))
+    least = {MEAN: min(choices), SIZE: fewest / FLOAT_BITS}.get(flag, 0.0)
+    if budget < least:
+        raise _too_small(flag, budget, least)
+
+
 def _choose(flag: str, budget: float, priced: Costs) -> Choice:
     try:
         return choose_bits(priced.knobs, budget * priced.unit, priced.products, priced.fixed)
     except BudgetTooSmall as error:
-        raise ConfigError(
-            f"{flag}: {budget:g} {WORDS[flag]} is less than the fewest bits take; give at least "
-            f"{_rounded_up(error.smallest / priced.unit):g}, or fewer bits to --bits"
-        ) from error
+        raise _too_small(flag, budget, error.smallest / priced.unit) from error
+
+
+def _too_small(flag: str, budget: float, least: float) -> ConfigError:
+    return ConfigError(
+        f"{flag}: {budget:g} {WORDS[flag]} is less than the fewest bits take; give at least "
+        f"{_rounded_up(least):g}, or fewer bits to --bits"
+    )
 
 
 def _rounded_up(value: float) -> float:
