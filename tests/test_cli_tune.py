@@ -16,6 +16,8 @@ import pytest
 import yaml
 from click.testing import Result
 
+from qtool.pipeline.corrections import quantize_corrected
+from qtool.pipeline.tuning import bench
 from qtool.search.history import Entry, read_history
 
 RunCli = Callable[..., Result]
@@ -118,6 +120,26 @@ def test_the_history_shows_every_trial_with_its_drop(run_cli, tuned):
         top1 = entry.outcome.values["top1"]
         assert float(row["drop"]) == pytest.approx(float_top1 - top1)
         assert row["met"] == str(float_top1 - top1 <= 1.0)
+
+
+def test_candidates_that_are_one_network_are_measured_once(run_cli, monkeypatch):
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(args[1])
+        return quantize_corrected(*args, **kwargs)
+
+    monkeypatch.setattr(bench, "quantize_corrected", counted)
+    tuned = ("--tuned", "estimators,corrections", "--strategy", "exhaustive", "--stop-at", "limit")
+    result = run_cli("tune", *BITS, "--max-drop", 0, "--max-trials", 18, *tuned)
+    assert result.exit_code in (0, 1), result.stderr
+    entries = entries_of(run_folder() / "tuning.db")
+    trials = [(dict(e.proposal.candidate.settings), e.outcome.values) for e in entries]
+    # The presets take mse where no range is asked for, of weights too.
+    of_fast = [values for settings, values in trials if settings["preset"] == "fast"]
+    assert len(of_fast) == 6 and len({json.dumps(values) for values in of_fast}) == 2
+    assert sum(settings["preset"] in ("fast", "accurate") for settings, _ in trials) == 12
+    assert sum(one.preset in ("fast", "accurate") for one in made) <= 6
 
 
 def test_any_trial_can_be_made_again_alone(run_cli, tuned):

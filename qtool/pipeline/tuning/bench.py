@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qtool.config import Config, check
+from qtool.config import Config, QuantizeConfig, check
 from qtool.data.loader import Batch
 from qtool.deploy.engine import AUTO, SIMULATE, Engine, choose_engine
 from qtool.deploy.timing import time_in_turns
@@ -21,7 +21,7 @@ from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import steps
-from qtool.pipeline.corrections import decide, quantize_corrected
+from qtool.pipeline.corrections import Corrections, decide, quantize_corrected
 from qtool.pipeline.corrections.run import load_images
 from qtool.pipeline.engine import open_engine
 from qtool.pipeline.inputs import (
@@ -42,7 +42,7 @@ from qtool.quantizers.prepare import QuantizedModel
 from qtool.report import Result
 from qtool.search.costs import costs
 from qtool.search.outcomes import Outcome, rounded
-from qtool.search.space import CONFIRM, PROBE, RANKING, Candidate, Proposal
+from qtool.search.space import CONFIRM, PROBE, RANKING, TRIAL, Candidate, Proposal
 
 # Evaluation images up to so many bytes stay in memory.
 MAX_BYTES = 2 << 30
@@ -109,6 +109,7 @@ class Bench:
         self.float_result = rows_of(parts.float_result, self.choosing.indices)
         self._stats = {weights_sha256(parts.traced): parts.stats}
         self._few: dict[tuple[int, ...], list[Tensor]] = {}
+        self._known: list[tuple[Any, dict[str, Any]]] = []
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """What there is to know of a proposal; one that cannot be made says why."""
@@ -122,6 +123,23 @@ class Bench:
         return Outcome(values, time.perf_counter() - start)
 
     def _measure(self, proposal: Proposal) -> dict[str, Any]:
+        if proposal.kind != TRIAL:
+            return self._measure_anew(proposal)
+        # Candidates that differ may be one network: a preset chooses ranges where nothing is asked.
+        asked = self._asked_of_layers(proposal.candidate)
+        found = next((values for known, values in self._known if known == asked), None)
+        if found is None:
+            found = self._measure_anew(proposal)
+            self._known.append((asked, found))
+        return found
+
+    def _asked_of_layers(self, candidate: Candidate) -> tuple[Any, ...]:
+        """All that a candidate's network depends on."""
+        quantizers, corrections = self._decided(candidate)
+        methods = () if corrections is None else corrections.methods
+        return steps.specs_for(self.parts.traced, quantizers), quantizers.per_sample, methods
+
+    def _measure_anew(self, proposal: Proposal) -> dict[str, Any]:
         made = self.make(proposal.candidate, plain=proposal.kind == RANKING)
         if proposal.kind in (PROBE, RANKING):
             return {"error": rounded(self._error(made.model, proposal.images))}
@@ -141,19 +159,26 @@ class Bench:
             candidate: what is asked.
             plain: leave out corrections of integers.
         """
-        config = config_of(self.parts.config, candidate, self.parts.space)
         traced = self.parts.traced
-        check(config.quantizers)
-        if not config.corrections.asked:
-            model = steps.quantize(traced, self.parts.stats, replace(config.quantizers, stats_file=None))
-            return Made(model, steps.specs_for(traced, config.quantizers), self.parts.stats, {})
-        corrections = decide(traced, config.quantizers, config.corrections)
+        quantizers, corrections = self._decided(candidate)
+        if corrections is None:
+            model = steps.quantize(traced, self.parts.stats, quantizers)
+            return Made(model, steps.specs_for(traced, quantizers), self.parts.stats, {})
         if plain:
             corrections = replace(corrections, methods=tuple(corrections.on_network))
         done = quantize_corrected(
             traced, corrections, self._corrected_on, self._measure_stats, given=self.parts.stats
         )
         return Made(done.model, done.specs, done.stats, {"corrections": done.record})
+
+    def _decided(self, candidate: Candidate) -> tuple[QuantizeConfig, Corrections | None]:
+        """The settings of a candidate, a preset's among them, and its corrections, if there are any."""
+        config = config_of(self.parts.config, candidate, self.parts.space)
+        check(config.quantizers)
+        if not config.corrections.asked:
+            return replace(config.quantizers, stats_file=None), None
+        corrections = decide(self.parts.traced, config.quantizers, config.corrections)
+        return corrections.quantizers, corrections
 
     @property
     def _device(self) -> str:
