@@ -26,8 +26,8 @@ from qtool.graph.fast import IN_PLACE, Fast
 from qtool.graph.neighbours import FUSIBLE, INTERVALS
 from qtool.graph.trace import float_tensors, is_mask, layers, tensor_inputs
 from qtool.graph.unbounded import is_unbounded
-from qtool.observers.kernels import Extremes, as_rows
 from qtool.observers.moments import mean_of
+from qtool.observers.rows import Extremes, as_rows
 from qtool.observers.scan import compile_all
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.sums import TensorSums

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from qtool.observers.kernels import Extremes, Rows
+from qtool.observers.rows import Extremes, Rows
 from qtool.observers.scan import Sums, compiled, row_length, scan
 
 # Elements of which all is computed before the next are touched, so that a CPU reads them from memory once.

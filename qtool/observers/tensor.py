@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.numerics.histogram import MAX_BINS, Histogram, bins_of_range
-from qtool.observers.kernels import Extremes, Rows
 from qtool.observers.moments import Moments, measure
+from qtool.observers.rows import Extremes, Rows
 from qtool.observers.scan import absolute_deviation, compiled, count, row_length
 from qtool.observers.sums import TensorSums
 

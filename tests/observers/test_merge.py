@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.observers.kernels import as_rows
+from qtool.observers.rows import as_rows
 from qtool.observers.stats import ActivationStats
 from qtool.observers.tensor import Chunk, TensorObserver
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qtool.observers import scan
-from qtool.observers.kernels import Rows, as_rows
 from qtool.observers.moments import TOGETHER, Moments, mean_of, measure
+from qtool.observers.rows import Rows, as_rows
 from qtool.observers.scan import ROW, WIDE
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.observers.kernels import as_rows
 from qtool.observers.moments import TOGETHER
+from qtool.observers.rows import as_rows
 from qtool.observers.scan import WIDE
 from qtool.observers.stats import ActivationStats
 from qtool.observers.sums import TensorSums

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtool.observers.fingerprint import Fingerprint
-from qtool.observers.kernels import as_rows
+from qtool.observers.rows import as_rows
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 from qtool.observers.tensor import Chunk, TensorObserver
 from qtool.pipeline.stats_files import save_stats

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.observers.kernels import Extremes, as_rows
+from qtool.observers.rows import Extremes, as_rows
 from qtool.observers.scan import rows_extremes
 
 
