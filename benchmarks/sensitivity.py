@@ -27,7 +27,7 @@ import qtool
 from qtool.config import QuantizeConfig
 from qtool.config.sections.sensitivity import LAYER, SensitivityConfig
 from qtool.pipeline import steps
-from qtool.pipeline.sensitivity.measuring import Row, measure
+from qtool.pipeline.sensitivity.measuring import Measurer, Row, measure
 from qtool.run_dir import write_text
 
 NETWORKS = ("resnet18", "mobilenet_v2")
@@ -82,7 +82,8 @@ def timed(traced, stats, bits, batches, asked) -> tuple[list[Row], float]:  # ty
     """The rows, and the seconds that they took."""
     start = time.perf_counter()
     with torch.no_grad():
-        rows = measure(traced, stats, settings(bits), batches, asked, seed=0)
+        measurer = Measurer(traced, stats, settings(bits), batches, asked)
+        rows = measure(measurer, 0, lambda shares: map(measurer, shares))
     return rows, time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 # Four vectors of eight floats: inner lengths that are no multiple of it fall back to scalars.
 LANES = 32
-# Elements which, and whose squares, are added up in float32, at most; at least, if a tensor has so many.
+# Elements which, and whose squares, are added up in float32, at most; so few or fewer are in float64.
 ROW, SHORT_ROW = 1 << 14, 1 << 10
 # What has to be left of a difference of two sums of squares, as a share of the first; both are good to 1e-7.
 LEFT = 0.05

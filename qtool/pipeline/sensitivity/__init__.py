@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +19,15 @@ from qtool.errors import ConfigError
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import runs
 from qtool.pipeline.run_folder import run_folder
-from qtool.pipeline.sensitivity.measuring import Batches, Measurer, Row, is_estimated, measure
+from qtool.pipeline.sensitivity.measuring import (
+    Batches,
+    Measured,
+    Measurer,
+    Row,
+    Share,
+    is_estimated,
+    measure,
+)
 from qtool.pipeline.sensitivity.opening import COMMAND, MakeMeasurer, Opened, open_measurement
 from qtool.pipeline.sensitivity.reports import as_csv, as_yaml, overridden, overrides_for, tables
 from qtool.run_dir import write_text
@@ -60,13 +69,20 @@ def run(config: Config) -> runs.Outcome:
 def _rows(config: Config, opened: Opened, stats: ModelStats, batches: Batches) -> list[Row]:
     """What there is to say of each group, measured by this process, others, or a cluster."""
     asked, seed = config.sensitivity, config.run.seed
-    with tqdm(desc="measuring", unit="run", leave=False, disable=None) as bar:
+    # Not shown before something is measured: an estimate has a bar of its own.
+    with tqdm(desc="measuring", unit="run", leave=False, disable=None, delay=0.1) as bar:
         measurer = Measurer(opened.traced, stats, opened.quantizers, batches, asked, bar.update)
         crew = crew_of(asked.point_workers, MakeMeasurer(config, stats))
         if crew is None:
             return measure(measurer, seed, lambda shares: map(measurer, shares))
+
+        def by_crew(shares: Sequence[Share]) -> Iterator[Measured]:
+            for found in Pool(crew).run(shares):
+                bar.update(len(found.scores))
+                yield found
+
         with closing(crew):
-            return measure(measurer, seed, Pool(crew).run, SHARES * crew.size)
+            return measure(measurer, seed, by_crew, SHARES * crew.size)
 
 
 def _check(config: Config) -> None:

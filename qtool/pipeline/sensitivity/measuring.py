@@ -64,7 +64,7 @@ class Share:
     Args:
         bits: see Row.
         direction: see Row.
-        groups: their numbers in the order of execution, from first on, up to last.
+        first, last: number of the first group, in the order of execution, and of the one behind the last.
     """
 
     bits: int | None
@@ -146,7 +146,7 @@ def measure(measurer: Measurer, seed: int, run: RunShares, parts: int = 1) -> li
             continue
         for direction in (DAMAGE, GAIN) if asked.direction == BOTH else (asked.direction,):
             if direction == DAMAGE and is_estimated(asked) and not _branches(measurer, bits):
-                found = [Row(*one, estimated=True) for one in _estimates(measurer, bits, seed)]
+                found = _estimated(measurer, bits, seed)
             else:
                 found = list(_measured(bits, direction, groups, run, parts))
             rows += sorted(found, key=lambda row: row.rank(asked.by))
@@ -165,14 +165,15 @@ def _branches(measurer: Measurer, bits: int | None) -> bool:
     return True
 
 
-def _estimates(
-    measurer: Measurer, bits: int | None, seed: int
-) -> Iterator[tuple[Group, int | None, str, Score]]:
+def _estimated(measurer: Measurer, bits: int | None, seed: int) -> list[Row]:
     plans = measurer.plans(bits)
     points = [plans.alone(group) for group in plans.groups]
     images = [images for images, _ in measurer.batches]
     scores = estimate(plans, points, images, measurer.asked.by, seed)
-    return ((group, bits, DAMAGE, score) for group, score in zip(plans.groups, scores, strict=True))
+    return [
+        Row(group, bits, DAMAGE, score, estimated=True)
+        for group, score in zip(plans.groups, scores, strict=True)
+    ]
 
 
 def _measured(
