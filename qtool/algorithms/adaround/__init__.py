@@ -7,17 +7,17 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from qtool.algorithms.adaround.learn import Cached, Schedule, learn, on_form, on_rows
+from qtool.algorithms.adaround.learn import Cached, Schedule, learn, on_form, on_rows, outputs
 from qtool.algorithms.gptq import GptqSettings, choose_integers
 from qtool.algorithms.progress import ShowProgress
 from qtool.algorithms.records import CorrectionReport
 from qtool.algorithms.rounding.passes import Choice, Method, Rows, round_layers
-from qtool.algorithms.rounding.problem import TARGETS, Problem, Sampling, quadratic_of
+from qtool.algorithms.rounding.problem import BLENDED, TARGETS, Problem, Sampling, quadratic_of
 from qtool.algorithms.rounding.quadratic import Quadratic
 from qtool.algorithms.store import LayerStore
 from qtool.graph.fold import Folded
@@ -50,7 +50,7 @@ class AdaRoundSettings:
     """
 
     start: str = "gptq"
-    target: str = "asymmetric"
+    target: str = BLENDED
     iterations: int = 500
     learning_rate: float = 0.03
     batch: int = 512
@@ -135,7 +135,10 @@ def learn_integers(
         NotFiniteError: if the rows hold NaN or infinity.
     """
     activation = problem.plan.activation
-    form = quadratic_of(problem, iter([(cached.x, cached.y)]))
+    form = quadratic_of(problem, iter([(cached.x, cached.y)]), settings.target)
+    if form.wanted is not None:
+        bias = form.best_bias(form.wanted) if problem.follows else problem.bias
+        cached = replace(cached, y=outputs(cached.x, form.wanted.float(), bias.float()))
     fed = choose_integers(problem, form, GptqSettings(target=settings.target, bias=settings.bias))
     start = fed.centered if settings.start == "gptq" else problem.given
     start_bias = _bias(problem, form, start)

@@ -16,7 +16,7 @@ from qtool.algorithms.gptq.solve import descend, feed_errors
 from qtool.algorithms.progress import ShowProgress
 from qtool.algorithms.records import CorrectionReport
 from qtool.algorithms.rounding.passes import Choice, Method, NotFiniteError, Rows, round_layers
-from qtool.algorithms.rounding.problem import TARGETS, Problem, Sampling, quadratic_of
+from qtool.algorithms.rounding.problem import BLENDED, TARGETS, Problem, Sampling, quadratic_of
 from qtool.algorithms.rounding.quadratic import Quadratic
 from qtool.algorithms.store import LayerStore
 from qtool.graph.fold import Folded
@@ -32,7 +32,8 @@ class GptqSettings:
 
     Args:
         target: what the outputs of a layer are to be: "asymmetric": those of the float network, errors of
-            earlier layers included; "symmetric": what the float weight gives on the inputs it has.
+            earlier layers included; "symmetric": what the float weight gives on the inputs it has;
+            "blended": between both, as rows that are held out ask for.
         damping: share of the mean of the Hessian's diagonal that is added to it, above 0; more trusts the
             images less.
         act_order: whether inputs are rounded in the order of their power, the largest first.
@@ -46,7 +47,7 @@ class GptqSettings:
         ValueError: if one is out of range.
     """
 
-    target: str = "asymmetric"
+    target: str = BLENDED
     damping: float = 0.1
     act_order: bool = True
     sweeps: int = 10
@@ -97,7 +98,7 @@ def gptq(
     sampling = Sampling(settings.rows, settings.target, settings.bias, settings.seed)
 
     def choose(problem: Problem, rows: Rows, _seed: int, _within: Callable[[float], None]) -> Choice:
-        return choose_integers(problem, quadratic_of(problem, rows()), settings)
+        return choose_integers(problem, quadratic_of(problem, rows(), settings.target), settings)
 
     def work(shape: torch.Size) -> float:
         groups, channels, inputs = shape

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qtool.algorithms.rounding.blend import blended
 from qtool.algorithms.rounding.grid import RowGrid, centered_rows
 from qtool.algorithms.rounding.quadratic import Quadratic, Sums
 from qtool.algorithms.rounding.rows import choose_positions, grouped, groups_of, rows_at
 from qtool.quantizers.lockstep import Moment, float_bias
 from qtool.quantizers.plan import LayerPlan
 
-TARGETS = ("asymmetric", "symmetric")
+BLENDED, ASYMMETRIC, SYMMETRIC = TARGETS = ("blended", "asymmetric", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sampling:
     Args:
         rows: about so many output positions of all images together; those of each image are equally many.
         target: "asymmetric": the float network's outputs; "symmetric": what the float weight gives on
-            the inputs that the quantized network has.
+            the inputs that the quantized network has; "blended": between both, see blend.py.
         bias: whether the layer's bias may follow.
         seed: of the choice.
     """
@@ -95,7 +96,7 @@ def pairs_of_rows(moment: Moment, module: nn.Module, sampling: Sampling) -> Iter
         Batch by batch: (G, n, K) and (G, n, R), bias included, float32.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    symmetric = sampling.target == "symmetric"
+    symmetric = sampling.target == SYMMETRIC
     wanted = module if symmetric else moment.module
     weight = wanted.weight
     assert isinstance(weight, Tensor)
@@ -110,9 +111,21 @@ def pairs_of_rows(moment: Moment, module: nn.Module, sampling: Sampling) -> Iter
         yield read, source @ turned + bias
 
 
-def quadratic_of(problem: Problem, pairs: Iterator[tuple[Tensor, Tensor]]) -> Quadratic:
-    """The layer's loss on pairs of rows as a quadratic form of its weight."""
-    sums = Sums(*problem.weight.shape)
+def quadratic_of(problem: Problem, pairs: Iterator[tuple[Tensor, Tensor]], target: str) -> Quadratic:
+    """The layer's loss on pairs of rows as a quadratic form of its weight.
+
+    Args:
+        problem: the layer.
+        pairs: from pairs_of_rows for the same target.
+        target: one of TARGETS.
+    """
+    halves = [Sums(*problem.weight.shape) for _ in range(2)]
     for x, y in pairs:
-        sums.add(x, y if problem.follows else y - problem.bias.float().unsqueeze(1))
-    return sums.quadratic(centered=problem.follows)
+        wanted = y if problem.follows else y - problem.bias.float().unsqueeze(1)
+        middle = -(-x.shape[1] // 2)  # rows lie image by image, so each half has images of its own
+        halves[0].add(x[:, :middle], wanted[:, :middle])
+        halves[1].add(x[:, middle:], wanted[:, middle:])
+    whole = (halves[0] + halves[1]).quadratic(problem.follows)
+    if target != BLENDED or not all(half.count for half in halves):
+        return whole
+    return blended(whole, [half.quadratic(problem.follows) for half in halves], problem.weight)

@@ -7,7 +7,7 @@ are taken without their means, and the bias makes up for these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Quadratic:
         mean_y: (G, R), of y.
         count: of rows.
         centered: whether the first three are without means.
+        wanted: (G, R, K), the weight whose outputs those that are wanted are; None for others.
     """
 
     hessian: Tensor
@@ -34,6 +35,7 @@ class Quadratic:
     mean_y: Tensor
     count: int
     centered: bool
+    wanted: Tensor | None = None
 
     def losses(self, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """The mean squared error of each output channel.
@@ -54,6 +56,11 @@ class Quadratic:
     def best_bias(self, values: Tensor) -> Tensor:
         """The bias with which the outputs' means are those that are wanted, (G, R)."""
         return self.mean_y - torch.einsum("grk,gk->gr", values, self.mean_x)
+
+    def for_weight(self, values: Tensor) -> Quadratic:
+        """The form for the outputs of another weight, (G, R, K), on the same rows; their means stay."""
+        linear = values @ self.hessian
+        return replace(self, linear=linear, power=torch.einsum("grk,grk->gr", linear, values), wanted=values)
 
     def damped(self, share: float, towards: Tensor) -> tuple[Tensor, Tensor]:
         """H + d I and B + d W, which pull weights towards W where the rows do not say what they should be.
@@ -93,6 +100,18 @@ class Sums:
         self._power += y.double().square().sum(dim=1)
         self._sum_x += x.double().sum(dim=1)
         self._sum_y += y.double().sum(dim=1)
+
+    def __add__(self, other: Sums) -> Sums:
+        """Those of the rows of both."""
+        found = Sums(0, 0, 0)
+        for name in ("_count", "_hessian", "_linear", "_power", "_sum_x", "_sum_y"):
+            setattr(found, name, getattr(self, name) + getattr(other, name))
+        return found
+
+    @property
+    def count(self) -> int:
+        """How many rows there have been."""
+        return self._count
 
     def quadratic(self, centered: bool) -> Quadratic:
         """The form of all rows so far; the sums are used up."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qtool.algorithms.gptq import GptqSettings, choose_integers, gptq
-from qtool.algorithms.rounding.problem import Problem, Sampling, pairs_of_rows, quadratic_of
+from qtool.algorithms.rounding.problem import TARGETS, Problem, Sampling, pairs_of_rows, quadratic_of
 from qtool.algorithms.store import MemoryStore
 from qtool.quantizers.lockstep import Lockstep, integer_layers
 
@@ -46,7 +46,7 @@ def test_logits_come_closer_to_the_float_network(
         assert spec.quant_min <= int(q.min()) and int(q.max()) <= spec.quant_max
 
 
-@pytest.mark.parametrize("target", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_channel_of_any_layer_gets_worse(tiny_net, tiny_batches, planned_w4, target, bias):
     folded, plan = planned_w4(tiny_net, tiny_batches, per_channel_weights=True)
@@ -55,7 +55,8 @@ def test_no_channel_of_any_layer_gets_worse(tiny_net, tiny_batches, planned_w4, 
     for moment in lockstep.moments():
         module = folded.traced.get_submodule(moment.name)
         problem = Problem.of(moment, module, bias)
-        form = quadratic_of(problem, pairs_of_rows(moment, module, Sampling(100, target, bias, 0)))
+        rows = pairs_of_rows(moment, module, Sampling(100, target, bias, 0))
+        form = quadratic_of(problem, rows, target)
         choice = choose_integers(problem, form, GptqSettings(target=target, bias=bias, damping=0.01))
         before = form.losses(problem.values(problem.given))
         after = form.losses(problem.values(choice.centered))
@@ -213,7 +214,7 @@ def test_what_cannot_be_rounded_so_is_left_with_the_reason(planned_w4):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "both"}, "target must be one of asymmetric, symmetric, found 'both'"),
+        ({"target": "both"}, "target must be one of blended, asymmetric, symmetric, found 'both'"),
         ({"damping": 0.0}, "damping must be above 0, found 0.0"),
         ({"sweeps": -1}, "sweeps must be at least 0, found -1"),
         ({"rows": 0}, "rows must be at least 1, found 0"),
