@@ -55,7 +55,7 @@ class Row:
         preset: of qtool, or "" with a method.
         method: a correction alone, or "".
         per_tensor: whether weights have one grid for all channels.
-        keep: a pattern of layers that stay in float, or "".
+        sums: how additions round, as --qe-add-rounding; "" for what the preset chooses.
     """
 
     network: str
@@ -66,7 +66,7 @@ class Row:
     preset: str = ""
     method: str = ""
     per_tensor: bool = False
-    keep: str = ""
+    sums: str = ""
 
     @property
     def key(self) -> str:
@@ -96,7 +96,7 @@ def rows() -> list[Row]:
         for w, a in schemes:
             found += [Row(name, "peers", w, a, None, preset) for preset in ("accurate", "best")]
             if (w, a) == (8, 8):
-                found += [Row(name, "peers", 8, 8, None, p, keep=".*add.*") for p in ("accurate", "best")]
+                found += [Row(name, "peers", 8, 8, None, p, sums="none") for p in ("accurate", "best")]
     return found
 
 
@@ -111,7 +111,7 @@ def measure(row: Row) -> dict[str, Any]:
         bits_weights=row.weights,
         bits_activations=row.activations,
         first_last_bits=row.ends,
-        no_quant_layers=(row.keep,) if row.keep and row.network != "squeezenet1_1" else (),
+        add_rounding=row.sums or QuantizeConfig.add_rounding,
     )
     asked = CorrectionsConfig(
         preset=row.preset or None, methods=(row.method,) if row.method else (), images=10**6
@@ -156,7 +156,7 @@ def tables(found: dict[str, dict[str, Any]]) -> list[str]:
             lines.append("|---" * 8 + "|")
         name = row.preset or row.method
         name += ", weights per tensor" if row.per_tensor else ""
-        name += f", {row.keep} in float" if row.keep else ""
+        name += ", sums in float" if row.sums == "none" else ""
         change = values["top1"] - values["float_top1"]
         lines.append(
             f"| W{row.weights}A{row.activations} | {row.ends or 'as all'} | {name} | {values['top1']:.2f} "

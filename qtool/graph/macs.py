@@ -40,13 +40,21 @@ def count_macs(traced: fx.GraphModule) -> dict[str, LayerMacs]:
     batch = _batch_size(traced)
     rounds = _rounds(traced)
     found = {}
-    for name, node, module in layers(traced):
+    for name, node, outer in layers(traced):
+        module = _within(outer)
         formula = _FORMULAS.get(node.meta["op"])
         if formula is not None:
             found[name] = LayerMacs(formula(node, module) * rounds[node] / batch)
         elif _has_matrices(module):
             found[name] = LayerMacs(0.0, known=False)
     return found
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """The operation of a module that does something more with its result, as quantized layers do."""
+    operation = getattr(module, "operation", module)
+    within = operation[0] if isinstance(operation, nn.Sequential) and len(operation) else operation
+    return within if isinstance(within, nn.Module) else module
 
 
 def _batch_size(traced: fx.GraphModule) -> int:

@@ -179,7 +179,8 @@ class LayerSpec:
     Args:
         weight: grid of the weights, for the layers that have any.
         output: grid of the outputs.
-        input: grid of the inputs that arrive in float; None takes that of the output.
+        input: grid of the inputs that arrive in float; None takes that of the output, and without one
+            leaves them in float.
         inputs: for single inputs that arrive in float, by number; the others take the output's settings.
         input_fallback: whether they may; otherwise a float input without an entry is an error.
         quantize_inputs: whether a layer that computes in float puts its float inputs on a grid.

@@ -9,11 +9,9 @@ from typing import Any
 from torch import fx
 
 from qtool.errors import ConfigError
-from qtool.graph import ops
 from qtool.graph.ends import feeding, first_and_last
 from qtool.graph.fold import fold_batch_norms
-from qtool.graph.neighbours import FUSIBLE
-from qtool.graph.trace import layers, tensor_inputs
+from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec, QuantSpec
 from qtool.quantizers.plan import WEIGHTED
 
@@ -56,36 +54,6 @@ def with_first_last_bits(
         found[name] = _with_output(specs[name], bits, own.get(name, {}))
     for name in ends:
         found[name] = _with_all(specs[name], bits, own.get(name, {}))
-    return found
-
-
-def with_float_output(
-    traced: fx.GraphModule, specs: Mapping[str, LayerSpec], own: Mapping[str, Mapping[str, Any]]
-) -> dict[str, LayerSpec]:
-    """The specs with float outputs of the layers that give what the network gives.
-
-    They take weights and inputs on their grids as before: what a runtime's accumulator holds goes back to
-    float without another rounding. An activation function at the end is computed in float too.
-
-    Args:
-        traced: the network.
-        specs: what is asked, by layer name.
-        own: the settings of each layer's override, by layer name; one that sets the activation bits wins.
-    """
-    folded = fold_batch_norms(traced).traced
-    found = dict(specs)
-    waiting = [n for node in folded.graph.nodes if node.op == "output" for n in node.all_input_nodes]
-    while waiting:
-        node = waiting.pop()
-        name = node.meta.get("layer")
-        if name is None:
-            moved = node.meta.get("op") in ops.KEEPS_GRID | ops.MOVES
-            waiting += tensor_inputs(node) if moved else []
-            continue
-        if name in specs and "bits_activations" not in own.get(name, {}):
-            found[name] = replace(specs[name], output=None)
-        if node.meta["op"] in FUSIBLE:
-            waiting += tensor_inputs(node)
     return found
 
 

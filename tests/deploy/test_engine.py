@@ -45,6 +45,14 @@ def test_the_engine_gives_the_simulations_logits(quantized, kernel_batch):
     assert evaluator(model, SIMULATE) is model
 
 
+def test_weights_in_float_leave_the_work_in_float(quantized, kernel_batch):
+    model = quantized(bits_weights=0, mode="asym_u")
+    chosen = choose_engine(model, INT8)
+    assert 0 <= chosen.work < 0.5
+    torch.testing.assert_close(chosen.network(kernel_batch), model(kernel_batch))
+    assert choose_engine(model, AUTO).name == SIMULATE
+
+
 def test_auto_takes_int8_kernels_and_says_why(quantized, kernel_batch):
     chosen = choose_engine(quantized(**SYMMETRIC), AUTO, kernel_batch)
     assert chosen.name == INT8 and "% of the multiply-accumulates, within the tolerance" in chosen.why

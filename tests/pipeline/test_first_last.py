@@ -118,56 +118,6 @@ def test_bits_that_make_no_sense_are_refused(settings, message):
     assert str(caught.value).startswith(message)
 
 
-def test_the_output_may_stay_in_float(tiny_net, tiny_batches):
-    (x,) = tiny_batches[:1]
-    stats = qtool.calibrate(tiny_net, tiny_batches)
-    asked = QuantizeConfig(mode="asym_u", float_output=True)
-    found = qtool.quantize(tiny_net, stats, asked).plan.layers
-    assert (found["fc"].kind, found["fc"].output, found["fc"].weight.spec.num_bits) == (
-        "weights only",
-        None,
-        8,
-    )
-    assert found["pool"].output.spec.num_bits == 8
-    # Nothing is lost against an output of so many steps that their size does not matter.
-    fine = QuantizeConfig(mode="asym_u", overrides={"fc": {"bits_activations": 16}})
-    a, b = (qtool.quantize(tiny_net, stats, c)(x) for c in (asked, fine))
-    coarse = qtool.quantize(tiny_net, stats, QuantizeConfig(mode="asym_u"))(x)
-    assert float((a - b).abs().max()) < 0.1 * float((a - coarse).abs().max())
-
-
-def test_an_activation_at_the_end_stays_in_float_with_its_layer(tiny_batches):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
-    stats = qtool.calibrate(net, tiny_batches)
-    found = qtool.quantize(net, stats, QuantizeConfig(float_output=True)).plan.layers
-    assert [(layer.kind, layer.output) for layer in found.values()] == [
-        ("weights only", None),
-        ("float", None),
-    ]
-
-
-def test_an_override_of_the_last_layer_wins_over_the_float_output(tiny_net, tiny_batches):
-    asked = QuantizeConfig(float_output=True, overrides={"fc": {"bits_activations": 6}})
-    found = qtool.quantize(tiny_net, qtool.calibrate(tiny_net, tiny_batches), asked).plan.layers
-    assert found["fc"].output.spec.num_bits == 6
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"float_output": True, "dynamic": True}, "--qe-float-output: has no effect with --qe-dynamic"),
-        (
-            {"float_output": True, "bits_activations": 0},
-            "--qe-float-output: has no effect with --qe-bits-acts",
-        ),
-        ({"add_rounding": "sum", "dynamic": True}, "--qe-add-rounding: with --qe-dynamic additions are made"),
-    ],
-)
-def test_what_has_no_effect_is_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        check(QuantizeConfig(**settings))
-
-
 def test_the_flag_is_shown_by_layers_and_checked(run_cli):
     shown = run_cli("layers", "-a", "resnet20_cifar", "--qe-bits-wts", 4, "--first-last-bits", 8)
     assert shown.exit_code == 0

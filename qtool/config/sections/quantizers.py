@@ -131,9 +131,10 @@ class QuantizeConfig:
     )
     add_rounding: str = option(
         "inputs",
-        click.Choice(["inputs", "sum"]),
-        "What an addition rounds: each input at the scale of the sum, as Distiller does, or the sum once, as "
-        "kernels do, which is more exact.",
+        click.Choice(["inputs", "sum", "none"]),
+        "What an addition rounds: each input at the scale of the sum, as Distiller does; or the sum once, as "
+        "kernels do, which is more exact; or nothing, so that sums and the results of layers that they add "
+        "up stay in float.",
         "--qe-add-rounding",
     )
     float_output: bool = option(

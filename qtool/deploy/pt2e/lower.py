@@ -96,7 +96,8 @@ def _integer(module: nn.Module, plan: LayerPlan, node: fx.Node) -> nn.Module:
     if isinstance(module, QuantWeighted):
         return _weighted(module, plan, activation, output)
     if plan.op == "add":
-        return Sum([InSteps(plan.output) for _ in tensor_inputs(node)], activation, output)
+        rounded = [nn.Identity() if plan.sum_once else InSteps(plan.output) for _ in tensor_inputs(node)]
+        return Sum(rounded, activation, output)
     if isinstance(module, QuantProduct):
         return Computed(module.function, activation, output)
     return Computed(_joined, activation, output)

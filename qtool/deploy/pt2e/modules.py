@@ -141,7 +141,7 @@ class Weighted(nn.Module):
 
 
 class Sum(nn.Module):
-    """A sum, each summand rounded to steps of the output, as in the simulation."""
+    """A sum, each summand rounded first as in the simulation, or left as it is."""
 
     def __init__(self, rounded: Sequence[nn.Module], activation: Activation, output: OnGrid) -> None:
         super().__init__()

@@ -124,8 +124,11 @@ def _exact_sums(quantizers: QuantizeConfig, traits: Traits, words: list[str]) ->
     """No rounding that kernels do not need."""
     if traits.activation_bits is None:
         return quantizers
-    words.append("sums are rounded once, and what the network gives is not rounded at all")
-    return replace(quantizers, add_rounding="sum", float_output=True)
+    if quantizers.add_rounding == "inputs":
+        quantizers = replace(quantizers, add_rounding="sum")
+    sums = "rounded once" if quantizers.add_rounding == "sum" else "not rounded"
+    words.append(f"sums are {sums}, and what the network gives is not rounded at all")
+    return replace(quantizers, float_output=True)
 
 
 def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:

@@ -24,21 +24,22 @@ def asked_of_inputs(
 
     Args:
         name, node: the layer.
-        spec: what is asked of it; it has an output grid.
+        spec: what is asked of it; it has a grid for inputs or for the output.
         on_grid: for each tensor input, whether the layer in front of it has put it on a grid.
         never_negative: from find_never_negative.
 
     Raises:
         ConfigError: if an input has an entry of its own and no use for it, or needs one and has none.
     """
-    assert spec.output is not None
+    grid = spec.input or spec.output
+    assert grid is not None
     beyond = [i for i in spec.inputs if i >= len(on_grid)]
     if beyond:
         raise ConfigError(
             f"layer {name!r}: input_overrides.{beyond[0]}: it has {len(on_grid)} inputs, counted from 0"
         )
     # What the output's clamp cuts off says nothing about the input: full range here.
-    default = InputSpec(spec.input or spec.output, replace(spec.clip, half_range=False))
+    default = InputSpec(grid, replace(spec.clip, half_range=False))
     found: list[InputSpec | None] = []
     for index, arrives_on_grid in enumerate(on_grid):
         what = f"input {index} of layer {name!r}"

@@ -211,10 +211,11 @@ class _Planner:
         assert spec.weight is not None
         weight, weight_q = self._weight(name, module, spec)
         bias = getattr(module, "bias", None)
+        as_it_comes = (None,) * len(tensor_inputs(node))
         return LayerPlan(
             WEIGHTS_ONLY,
             node.meta["op"],
-            inputs=(None,) * len(tensor_inputs(node)),
+            inputs=as_it_comes if spec.input is None else self._fresh_inputs(name, node, spec),
             weight=weight,
             weight_q=weight_q,
             activation=self._activation(name),

@@ -30,6 +30,16 @@ def test_every_layer_gives_the_simulations_integers(mode, bits, quantized, kerne
         assert found[name].largest <= 2 and found[name].equal >= 0.99, (name, found[name])
 
 
+@pytest.mark.parametrize("rounding", ["sum", "none"])
+def test_sums_are_rounded_as_often_as_in_the_simulation(rounding, tiny_net, tiny_batches):
+    settings = {**SYMMETRIC, "bits_activations": 4, "add_rounding": rounding}
+    model = qtool.quantize(
+        tiny_net, qtool.calibrate(tiny_net, tiny_batches), qtool.QuantizeConfig(**settings)
+    )
+    found = program_parity(model, reference(model), torch.cat(tiny_batches))
+    assert all(layer.equal >= 0.999 for layer in found.values()), found
+
+
 def test_operations_have_qtools_own_grids(quantized, kernel_batch):
     model = quantized(**SYMMETRIC, bits_weights=4, bits_activations=6)
     program = to_program(reference(model), kernel_batch[:2])

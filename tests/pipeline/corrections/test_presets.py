@@ -72,3 +72,9 @@ def test_named_methods_come_in_place_of_the_preset_s(traced):
     found = decide(traced, QuantizeConfig(mode="asym_u"), asked)
     assert [c.name for c in found.methods] == ["bias_correction"]
     assert found.quantizers.clip_activations == "auto"
+
+
+def test_sums_that_are_to_stay_in_float_do(traced):
+    found = _decide(traced, "best", add_rounding="none")
+    assert found.quantizers.add_rounding == "none"
+    assert any("sums are not rounded" in line for line in found.words)

@@ -1,0 +1,208 @@
+"""The network's output and its sums in float, between layers on integers."""
+
+import pytest
+import torch
+from torch import nn
+
+import qtool
+from qtool.algorithms.gptq import GptqSettings, gptq
+from qtool.config import QuantizeConfig, check
+from qtool.errors import ConfigError
+from qtool.graph.fold import fold_batch_norms
+from qtool.numerics.metrics import sqnr_db
+from qtool.quantizers.lockstep import integer_layers
+from qtool.quantizers.prepare import build
+
+
+def test_the_output_may_stay_in_float(tiny_net, tiny_batches):
+    (x,) = tiny_batches[:1]
+    stats = qtool.calibrate(tiny_net, tiny_batches)
+    asked = QuantizeConfig(mode="asym_u", float_output=True)
+    found = qtool.quantize(tiny_net, stats, asked).plan.layers
+    assert (found["fc"].kind, found["fc"].output, found["fc"].weight.spec.num_bits) == (
+        "weights only",
+        None,
+        8,
+    )
+    assert found["pool"].output.spec.num_bits == 8
+    # Nothing is lost against an output of so many steps that their size does not matter.
+    fine = QuantizeConfig(mode="asym_u", overrides={"fc": {"bits_activations": 16}})
+    a, b = (qtool.quantize(tiny_net, stats, c)(x) for c in (asked, fine))
+    coarse = qtool.quantize(tiny_net, stats, QuantizeConfig(mode="asym_u"))(x)
+    assert float((a - b).abs().max()) < 0.1 * float((a - coarse).abs().max())
+
+
+def test_an_activation_at_the_end_stays_in_float_with_its_layer(tiny_batches):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
+    stats = qtool.calibrate(net, tiny_batches)
+    found = qtool.quantize(net, stats, QuantizeConfig(float_output=True)).plan.layers
+    assert [(layer.kind, layer.output) for layer in found.values()] == [
+        ("weights only", None),
+        ("float", None),
+    ]
+
+
+def test_an_override_of_the_last_layer_wins_over_the_float_output(tiny_net, tiny_batches):
+    asked = QuantizeConfig(float_output=True, overrides={"fc": {"bits_activations": 6}})
+    found = qtool.quantize(tiny_net, qtool.calibrate(tiny_net, tiny_batches), asked).plan.layers
+    assert found["fc"].output.spec.num_bits == 6
+
+
+def test_a_single_layer_still_reads_its_input_on_a_grid(tiny_batches):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    stats = qtool.calibrate(net, tiny_batches)
+    plan = qtool.quantize(net, stats, QuantizeConfig(float_output=True, bits_activations=5)).plan
+    assert [grid.spec.num_bits for grid in plan.layers["0"].inputs] == [5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"float_output": True, "dynamic": True}, "--qe-float-output: has no effect with --qe-dynamic"),
+        (
+            {"float_output": True, "bits_activations": 0},
+            "--qe-float-output: has no effect with --qe-bits-acts",
+        ),
+        (
+            {"add_rounding": "none", "bits_activations": 0},
+            "--qe-add-rounding: has no effect with --qe-bits-acts",
+        ),
+        ({"add_rounding": "sum", "dynamic": True}, "--qe-add-rounding: with --qe-dynamic additions are made"),
+    ],
+)
+def test_what_has_no_effect_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        check(QuantizeConfig(**settings))
+
+
+class Blocks(nn.Module):
+    """A stem with pooling, a block whose sum goes through ReLU, and one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 6, 3, padding=1), nn.MaxPool2d(2)
+        self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.third, self.fourth = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.stem(x)))
+        x = torch.relu(x + self.second(torch.relu(self.first(x))))
+        x = self.third(x) + self.fourth(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def blocks():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Blocks().eval()
+
+
+def _quantized(net, batches, **settings):
+    config = QuantizeConfig(**{"mode": "asym_u", "per_channel_weights": True, **settings})
+    return qtool.quantize(net, qtool.calibrate(net, batches), config)
+
+
+def test_neither_sums_nor_what_they_add_up_are_rounded(blocks, tiny_batches):
+    plan = _quantized(blocks, tiny_batches, add_rounding="none", bits_activations=5).plan.layers
+    on_grid = {name: layer.output.spec.num_bits for name, layer in plan.items() if layer.output is not None}
+    assert on_grid == {"first": 5, "mean": 5, "fc": 5}
+    reads = {n: [g and g.spec.num_bits for g in layer.inputs] for n, layer in plan.items() if layer.weight}
+    # second reads what first gives on a grid; third and fourth put one float sum on the same grid.
+    assert reads == {"stem": [5], "first": [5], "second": [None], "third": [5], "fourth": [5], "fc": [None]}
+    assert plan["third"].inputs[0].same_grid(plan["fourth"].inputs[0])
+
+
+def test_the_values_are_those_of_float_sums_of_integer_products(blocks, tiny_batches):
+    model = _quantized(blocks, tiny_batches, add_rounding="none", bits_activations=5, float_output=True)
+    plan, x = model.plan.layers, torch.cat(tiny_batches)
+
+    def rounded(values, grid):
+        q = (values.double() / grid.scale.double()).round() + grid.zero_point
+        return (q.clamp(grid.spec.quant_min, grid.spec.quant_max) - grid.zero_point) * grid.scale.double()
+
+    def layer(name, values, activated=False):
+        own, module = plan[name], getattr(blocks, name)
+        read = values if own.inputs[0] is None else rounded(values, own.inputs[0])
+        axis = (-1, *[1] * (own.weight_q.dim() - 1))
+        weight = (own.weight_q.double() - own.weight.zero_point.reshape(axis)) * own.weight.scale.reshape(
+            axis
+        )
+        function = nn.functional.linear if name == "fc" else nn.functional.conv2d
+        more = {} if name == "fc" else {"padding": module.padding}
+        y = function(read, weight.double(), module.bias.double(), **more)
+        y = torch.relu(y) if activated else y
+        return y if own.output is None else rounded(y, own.output)
+
+    with torch.no_grad():
+        y = blocks.pool(layer("stem", x, activated=True))
+        y = torch.relu(y + layer("second", layer("first", y, activated=True)))
+        y = layer("third", y) + layer("fourth", y)
+        expected = layer("fc", rounded(y.mean((2, 3)), plan["mean"].output))
+    off = (model(x).double() - expected).abs()
+    assert float(off.max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_they_cost_less_than_rounded_ones(blocks, tiny_batches):
+    x = torch.cat(tiny_batches)
+    found = [
+        sqnr_db(blocks(x), _quantized(blocks, tiny_batches, add_rounding=r, bits_activations=5)(x))
+        for r in ("inputs", "sum", "none")
+    ]
+    assert found[2] > found[1] + 1 and found[1] > found[0] - 0.5
+
+
+def test_what_computes_in_float_takes_a_sum_as_it_is(tiny_batches):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = x + self.one(x)
+            x = x + self.two(self.norm(x))
+            return self.fc(self.norm(x))
+
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 8) for _ in range(2)]
+    plan = _quantized(Net().eval(), batches, add_rounding="none").plan.layers
+    norms = [layer for layer in plan.values() if layer.op == "layer_norm"]
+    assert len(norms) == 2 and all(n.output is not None and set(n.inputs) == {None} for n in norms)
+    sums = [layer for layer in plan.values() if layer.op == "add"]
+    assert len(sums) == 2 and all(layer.output is None for layer in (*sums, plan["one"], plan["two"]))
+
+
+def test_an_override_of_a_summand_wins(blocks, tiny_batches):
+    overrides = {"second": {"bits_activations": 6}}
+    plan = _quantized(blocks, tiny_batches, add_rounding="none", overrides=overrides).plan.layers
+    assert plan["second"].output.spec.num_bits == 6
+
+
+def test_a_checkpoint_gives_the_same_network(blocks, tiny_batches, tmp_path):
+    model = _quantized(blocks, tiny_batches, add_rounding="none", bits_activations=5)
+    x = torch.cat(tiny_batches)
+    again = qtool.load(qtool.save(model, tmp_path / "q.pth.tar"), blocks, x)
+    assert torch.equal(again(x), model(x))
+
+
+def test_corrections_see_what_its_layers_read(blocks, tiny_batches):
+    """What a layer with a float output reads is on its grid when its integers are chosen."""
+    settings = {"add_rounding": "none", "bits_weights": 3, "bits_activations": 8}
+    model = _quantized(blocks, tiny_batches, **settings)
+    folded = fold_batch_norms(qtool.trace(blocks, tiny_batches[0]))
+    names = integer_layers(folded.traced, model.plan)
+    assert names == ["stem", "first", "second", "third", "fourth", "fc"]
+    new, plan, report = gptq(
+        folded.traced, folded, model.plan, tiny_batches, layers=names, settings=GptqSettings()
+    )
+    x = torch.cat(tiny_batches)
+    assert len(report.changed) == len(names)
+    assert sqnr_db(blocks(x), build(new, plan)(x)) > sqnr_db(blocks(x), model(x)) + 1
+
+
+def test_int8_kernels_take_what_they_can(blocks, tiny_batches):
+    model = _quantized(blocks, tiny_batches, add_rounding="none")
+    x = torch.cat(tiny_batches)
+    torch.testing.assert_close(qtool.evaluator(model, "int8")(x), model(x), rtol=0, atol=1e-4)
