@@ -4,11 +4,11 @@
     python benchmarks/engines.py benchmarks/engines.md --only 'speed/resnet18/*' --only 'images/*/8'
 
 Speed: random weights and noise of 224 x 224 in memory; asym_u activations, symmetric weights per channel,
-calibrated on two images. Each round runs every network once, one after the other; a time is the least of all
-rounds, a ratio is to the plain eager float network in the same process. `native` is the file of
---qe-convert-pytorch as torch.jit.load reads it, `torch FX` torch's own int8 network of the same engine (x86),
-by torch.ao.quantization.quantize_fx. Networks share a process that keeps freed memory, as the command line
-does; beside them stands the same with glibc's default.
+sums rounded once as by qtool's presets and by torch FX, calibrated on two images. Each round runs every
+network once, one after the other; a time is the least of all rounds, a ratio is to the plain eager float
+network in the same process. `native` is the file of --qe-convert-pytorch as torch.jit.load reads it, `torch
+FX` torch's own int8 network of the same engine (x86), by torch.ao.quantization.quantize_fx. Networks share
+a process that keeps freed memory, as the command line does; beside them stands the same with glibc's default.
 
 Real images: trained weights, calibrated on 256 images of imagenet-sample, evaluated on the first images of
 imagenet-nips2017 by the simulation, the int8 engine and the converted network.
@@ -57,7 +57,12 @@ Rows = dict[str, Any]
 def quantized(traced: torch.fx.GraphModule, stats: Any, bits: int) -> Any:
     """A network as this benchmark quantizes it."""
     config = qtool.QuantizeConfig(
-        mode="asym_u", mode_weights="sym", per_channel_weights=True, bits_weights=bits, bits_activations=bits
+        mode="asym_u",
+        mode_weights="sym",
+        per_channel_weights=True,
+        bits_weights=bits,
+        bits_activations=bits,
+        add_rounding="sum",
     )
     return qtool.quantize(traced, stats, config)
 

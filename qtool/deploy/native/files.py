@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from qtool.deploy.entries import check_entry
 from qtool.deploy.native import NativeModel
 from qtool.deploy.native.kernels import PinnedConv
+from qtool.deploy.native.portable import unpack
 from qtool.deploy.native.target import engine, no_deprecation_warnings, supported_backends
 from qtool.errors import ModelError
 from qtool.graph.trace import copy_graph
@@ -43,6 +44,7 @@ def to_file(native: NativeModel, example: Tensor, **info: Any) -> bytes:
     """
     with no_deprecation_warnings(), torch.no_grad():
         program = torch.jit.trace(_portable(native.network), example, check_trace=False)  # type: ignore[no-untyped-call]
+        unpack(program)
         program = torch.jit.freeze(program.eval())
         content = {
             "format": FORMAT,

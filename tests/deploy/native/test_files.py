@@ -45,6 +45,17 @@ def saved(native, kernel_batch, tmp_path) -> Path:
     return path
 
 
+def test_a_loaded_file_packs_weights_once(native, saved, kernel_batch):
+    program = from_file(saved)
+    packed = []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            program(kernel_batch)
+        packed.append(sum("qconv_prepack" in event.name for event in profile.events()))
+    pinned = sum(isinstance(module, PinnedConv) for module in native.network.modules())
+    assert packed == [pinned, 0, 0]
+
+
 def test_a_fresh_process_without_qtool_gives_the_same(native, saved, kernel_batch, tmp_path):
     if native.target.backend != "qnnpack":  # whose depthwise kernel is its own; see docs
         kinds = {type(module) for module in native.network.modules()}
