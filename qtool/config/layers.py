@@ -244,7 +244,7 @@ def layer_spec(settings: QuantizeConfig) -> LayerSpec:
         scale_approx_bits=settings.scale_approx_bits,
         scale_approx_everywhere=settings.scale_approx_everywhere,
         symmetric_unsigned=settings.symmetric_unsigned,
-        sum_once=settings.add_rounding == "sum",
+        sum_once=settings.add_rounding in ("sum", "fused"),
     )
 
 

@@ -200,6 +200,7 @@ class LayerSpec:
         identity: replace the layer by nothing.
         keep_float_weight: whether the float weight stays beside the integers.
         sum_once: whether an addition rounds its sum, and not each summand at the sum's scale.
+        carried: the number of an addition's input that is added as it arrives, in float; None for none.
     """
 
     weight: QuantSpec | None = None
@@ -223,6 +224,7 @@ class LayerSpec:
     identity: bool = False
     keep_float_weight: bool = False
     sum_once: bool = False
+    carried: int | None = None
 
     @property
     def everywhere_bits(self) -> int | None:

@@ -15,11 +15,11 @@ from torch import fx
 from qtool.graph import ops
 from qtool.graph.ends import SELECTS
 from qtool.graph.fold import fold_batch_norms
-from qtool.graph.neighbours import FUSIBLE
+from qtool.graph.neighbours import FUSIBLE, readers
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec
 from qtool.quantizers.plan import WEIGHTED
-from qtool.quantizers.plan.kinds import INTEGER_OPS
+from qtool.quantizers.plan.kinds import INTEGER_OPS, computes_only_tensors
 
 Specs = Mapping[str, LayerSpec]
 Own = Mapping[str, Mapping[str, Any]]
@@ -71,6 +71,44 @@ def with_float_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
         elif node.meta["op"] not in WEIGHTED | INTEGER_OPS and "quantize_inputs" not in own.get(name, {}):
             found[name] = replace(found[name], quantize_inputs=False)
     return found
+
+
+def with_fused_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str, LayerSpec]:
+    """The specs with one summand of each sum as it comes from a layer's accumulator, not rounded before.
+
+    As kernels compute that add to a convolution's accumulator what is there already: of the convolutions and
+    linear layers that only the sum reads it is the last to run. The sum is rounded once.
+
+    Args:
+        traced, specs, own: as for with_float_output.
+    """
+    folded = fold_batch_norms(traced).traced
+    place = {node: number for number, node in enumerate(folded.graph.nodes)}
+    found = dict(specs)
+    for name, node, _ in layers(folded):
+        if node.meta["op"] != "add" or not computes_only_tensors(node) or specs[name].output is None:
+            continue
+        given = [(index, _computed(source)) for index, source in enumerate(tensor_inputs(node))]
+        fit = [(place[giver], index, giver) for index, giver in given if _feeds_only(giver, node, specs)]
+        if fit:
+            _, index, giver = max(fit)
+            if _leave(found, giver.meta["layer"], own):
+                found[name] = replace(found[name], carried=index)
+    return found
+
+
+def _computed(node: fx.Node) -> fx.Node:
+    """Where a value comes from, seen through dropout and the like."""
+    while "layer" not in node.meta and node.meta["op"] in ops.KEEPS_GRID and tensor_inputs(node):
+        node = tensor_inputs(node)[0]
+    return node
+
+
+def _feeds_only(giver: fx.Node, reader: fx.Node, specs: Specs) -> bool:
+    """Whether a node is a layer with integer weights and an output on a grid that one other reads alone."""
+    spec = specs.get(giver.meta.get("layer", ""))
+    on_integers = spec is not None and spec.weight is not None and spec.output is not None
+    return on_integers and giver.meta["op"] in WEIGHTED and readers(giver) == [reader]
 
 
 def _layer_of(node: fx.Node) -> str | None:

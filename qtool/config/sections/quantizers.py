@@ -131,10 +131,10 @@ class QuantizeConfig:
     )
     add_rounding: str = option(
         "inputs",
-        click.Choice(["inputs", "sum", "none"]),
-        "What an addition rounds: each input at the scale of the sum, as Distiller does; or the sum once, as "
-        "kernels do, which is more exact; or nothing, so that sums and the results of layers that they add "
-        "up stay in float.",
+        click.Choice(["inputs", "sum", "fused", "none"]),
+        "What an addition rounds: each input at the scale of the sum, as Distiller does; the sum once, as "
+        "kernels do, which is more exact; fused: the same, with the result of a convolution or linear layer "
+        "in front of it not rounded before; or nothing, so that sums and what they add up stay in float.",
         "--qe-add-rounding",
     )
     float_output: bool = option(

@@ -24,6 +24,11 @@ OF_PRESET = {
 # With few bits of activations, learning whole blocks is worth its time; at more it was not (docs/methods.md).
 FEW_BITS = 5
 LEARNED = ("gptq", "reconstruction")
+SUMS = {
+    "sum": "sums are rounded once",
+    "fused": "sums are rounded once, and the convolution in front of one is not rounded before",
+    "none": "sums are not rounded",
+}
 WORDS = {
     "fast_bias_correction": "fast bias correction: the mean error of the weights",
     "weight_correction": "weight correction: the mean and spread of each channel's weights",
@@ -125,9 +130,9 @@ def _exact_sums(quantizers: QuantizeConfig, traits: Traits, words: list[str]) ->
     if traits.activation_bits is None:
         return quantizers
     if quantizers.add_rounding == "inputs":
-        quantizers = replace(quantizers, add_rounding="sum")
-    sums = "rounded once" if quantizers.add_rounding == "sum" else "not rounded"
-    words.append(f"sums are {sums}, and what the network gives is not rounded at all")
+        few = traits.activation_bits <= FEW_BITS
+        quantizers = replace(quantizers, add_rounding="fused" if few else "sum")
+    words.append(f"{SUMS[quantizers.add_rounding]}; what the network gives is not rounded at all")
     return replace(quantizers, float_output=True)
 
 

@@ -20,7 +20,7 @@ def asked_of_inputs(
     on_grid: Sequence[bool],
     never_negative: Set[fx.Node],
 ) -> tuple[InputSpec | None, ...]:
-    """What is asked of each input that arrives in float; None for one on a grid, and for a mask.
+    """What is asked of each input that arrives in float; None for one on a grid, and for one taken as it is.
 
     Args:
         name, node: the layer.
@@ -43,7 +43,7 @@ def asked_of_inputs(
     found: list[InputSpec | None] = []
     for index, arrives_on_grid in enumerate(on_grid):
         what = f"input {index} of layer {name!r}"
-        if is_mask(node, index):
+        if is_mask(node, index) or index == spec.carried:
             found.append(None)
         elif arrives_on_grid and index in spec.inputs:
             raise ConfigError(

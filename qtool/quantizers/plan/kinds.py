@@ -66,7 +66,8 @@ def layer_kind(node: fx.Node, spec: LayerSpec | None, fused_away: bool) -> tuple
         return FLOAT, "has no weights"
     if node.meta.get("decides") and op not in MATRIX_PRODUCTS:
         return FLOAT, DECIDES
-    return (INTEGER if op in INTEGER_OPS and computes_only_tensors(node) else FAKE), ""
+    on_integers = op in INTEGER_OPS and spec.carried is None and computes_only_tensors(node)
+    return (INTEGER if on_integers else FAKE), ""
 
 
 def _float_kind(op: str, spec: LayerSpec) -> tuple[str, str]:

@@ -45,6 +45,7 @@ def test_integers_are_those_of_the_simulation(mode, bits, tiny_net, x, as_quanti
         {"add_rounding": "sum"},
         {"add_rounding": "sum", "float_output": True},
         {"add_rounding": "none", "float_output": True},
+        {"add_rounding": "fused"},
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ def test_every_layer_gives_the_simulations_integers(mode, bits, quantized, kerne
         assert found[name].largest <= 2 and found[name].equal >= 0.99, (name, found[name])
 
 
-@pytest.mark.parametrize("rounding", ["sum", "none"])
+@pytest.mark.parametrize("rounding", ["sum", "fused", "none"])
 def test_sums_are_rounded_as_often_as_in_the_simulation(rounding, tiny_net, tiny_batches):
     settings = {**SYMMETRIC, "bits_activations": 4, "add_rounding": rounding}
     model = qtool.quantize(

@@ -74,6 +74,12 @@ def test_named_methods_come_in_place_of_the_preset_s(traced):
     assert found.quantizers.clip_activations == "auto"
 
 
+@pytest.mark.parametrize(("bits", "expected"), [(8, "sum"), (6, "sum"), (5, "fused"), (4, "fused")])
+def test_with_few_bits_what_is_added_up_is_not_rounded_before(traced, bits, expected):
+    found = _decide(traced, "fast", bits_activations=bits)
+    assert found.quantizers.add_rounding == expected
+
+
 def test_sums_that_are_to_stay_in_float_do(traced):
     found = _decide(traced, "best", add_rounding="none")
     assert found.quantizers.add_rounding == "none"
