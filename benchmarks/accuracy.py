@@ -97,6 +97,7 @@ def rows() -> list[Row]:
             found += [Row(name, "peers", w, a, None, preset) for preset in ("accurate", "best")]
             if (w, a) == (8, 8):
                 found += [Row(name, "peers", 8, 8, None, p, sums="none") for p in ("accurate", "best")]
+                found.append(Row(name, "peers", 8, 8, None, "best", sums="sum"))
     return found
 
 
@@ -156,7 +157,7 @@ def tables(found: dict[str, dict[str, Any]]) -> list[str]:
             lines.append("|---" * 8 + "|")
         name = row.preset or row.method
         name += ", weights per tensor" if row.per_tensor else ""
-        name += ", sums in float" if row.sums == "none" else ""
+        name += {"": "", "none": ", sums in float", "sum": ", summands rounded"}[row.sums]
         change = values["top1"] - values["float_top1"]
         lines.append(
             f"| W{row.weights}A{row.activations} | {row.ends or 'as all'} | {name} | {values['top1']:.2f} "

@@ -7,6 +7,9 @@ from torch import nn
 import qtool
 from qtool.algorithms.gptq import GptqSettings, gptq
 from qtool.config import QuantizeConfig, check
+from qtool.deploy.engine import choose_engine
+from qtool.deploy.native import IN_FLOAT, INT8, convert
+from qtool.deploy.native.files import from_file, to_file
 from qtool.errors import ConfigError
 from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.metrics import sqnr_db
@@ -246,8 +249,44 @@ def test_corrections_see_what_its_layers_read(rounding, blocks, tiny_batches):
     assert sqnr_db(blocks(x), build(new, plan)(x)) > sqnr_db(blocks(x), model(x)) + 1
 
 
-@pytest.mark.parametrize("rounding", ["fused", "none"])
-def test_int8_kernels_take_what_they_can(rounding, blocks, tiny_batches):
-    model = _quantized(blocks, tiny_batches, add_rounding=rounding, float_output=True)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rounding", ["sum", "fused", "none"])
+def test_layers_that_give_floats_run_on_int8_kernels(rounding, bits, blocks, tiny_batches):
+    settings = {
+        "add_rounding": rounding,
+        "float_output": True,
+        "mode_weights": "sym",
+        "bits_activations": bits,
+    }
+    model = _quantized(blocks, tiny_batches, **settings)
+    chosen = choose_engine(model, "int8")
+    runs = {n: layer.runs for n, layer in chosen.native.layers.items() if model.plan.layers[n].weight}
+    assert runs == dict.fromkeys(("stem", "first", "second", "third", "fourth", "fc"), INT8)
+    assert chosen.work == 1.0
     x = torch.cat(tiny_batches)
-    torch.testing.assert_close(qtool.evaluator(model, "int8")(x), model(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(chosen.network(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_a_layer_that_reads_floats_stays_in_float(blocks, tiny_batches):
+    settings = {
+        "mode_weights": "sym",
+        "overrides": {"fc": {"bits_activations": 0}, "mean": {"bits_activations": 0}},
+    }
+    native = choose_engine(_quantized(blocks, tiny_batches, **settings), "int8").native
+    assert native.layers["fc"].runs == IN_FLOAT and "only its weights" in native.layers["fc"].why
+
+
+def test_asymmetric_weights_are_computed_in_float(blocks, tiny_batches):
+    model = _quantized(blocks, tiny_batches, float_output=True, mode_weights="asym_u")
+    layer = choose_engine(model, "int8").native.layers["fc"]
+    assert layer.runs == IN_FLOAT and "--qe-mode-wts sym" in layer.why
+
+
+def test_a_file_holds_layers_that_give_floats(blocks, tiny_batches, tmp_path):
+    model = _quantized(blocks, tiny_batches, add_rounding="none", float_output=True, mode_weights="sym")
+    native = convert(model)
+    path = tmp_path / "native.pt"
+    path.write_bytes(to_file(native, tiny_batches[0]))
+    x = torch.cat(tiny_batches)
+    torch.testing.assert_close(from_file(path)(x), model(x), rtol=0, atol=1e-4)
+    assert torch.equal(from_file(path)(x), native(x))

@@ -25,9 +25,17 @@ from qtool.deploy.native.containers import (
     container_for,
 )
 from qtool.deploy.native.kernels import Conv, Linear
-from qtool.deploy.native.rules import ENDS_CHANNELS, FLOAT_RULES, INTEGER_RULES, Rule, Site
+from qtool.deploy.native.portable import FloatResult
+from qtool.deploy.native.rules import (
+    ENDS_CHANNELS,
+    FLOAT_RULES,
+    INTEGER_RULES,
+    Rule,
+    Site,
+    lower_to_float,
+)
 from qtool.deploy.native.target import Target
-from qtool.deploy.native.trial import disagreement
+from qtool.deploy.native.trial import disagreement, float_disagreement
 from qtool.deploy.native.weights import NotNative
 from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
@@ -203,10 +211,7 @@ class _Lowering:
     def _layer(self, name: str, node: fx.Node, plan: LayerPlan) -> None:
         module = self._module(node)
         if plan.output is None:
-            self._write(name, node, module, FLOATS, FLOATS)
-            self.found[name] = NativeLayer(
-                plan.op, IN_FLOAT, plan.note or _WHY_FLOAT.get(plan.kind, plan.kind)
-            )
+            self._without_grid(name, node, plan, module)
             return
         self._note_grid(node, plan.output, plan)
         container = self.containers.get(node)
@@ -219,6 +224,43 @@ class _Lowering:
             self.found[name] = NativeLayer(plan.op, IN_FLOAT if why else INT8, why, container, saturating)
         except NotNative as reason:
             self._write_other(name, node, plan, module, container, str(reason))
+
+    def _without_grid(self, name: str, node: fx.Node, plan: LayerPlan, module: nn.Module) -> None:
+        """A layer that gives floats: on a kernel, if it has integer weights and reads integers."""
+        why = plan.note or _WHY_FLOAT.get(plan.kind, plan.kind)
+        source = self._source(tensor_inputs(node)[0]) if plan.kind == plans.WEIGHTS_ONLY else None
+        if source in self.grids:
+            assert source is not None
+            try:
+                native = self._to_float(node, plan, module, source)
+                self._write(name, node, native, KERNEL, FLOATS)
+                self.found[name] = NativeLayer(plan.op, INT8, saturating=native.weights.saturating)
+                return
+            except NotNative as reason:
+                why = str(reason)
+        self._write(name, node, module, FLOATS, FLOATS)
+        self.found[name] = NativeLayer(plan.op, IN_FLOAT, why)
+
+    def _to_float(self, node: fx.Node, plan: LayerPlan, module: nn.Module, source: fx.Node) -> FloatResult:
+        """A layer's module on a kernel that gives floats, tried out against the simulation's.
+
+        Raises:
+            NotNative: if there is none, or it gives something else on this machine.
+        """
+        container = self.containers.get(source)
+        if container is None:
+            raise NotNative(
+                f"its input has {self.grids[source].spec.num_bits} bits; --qe-bits-acts 8 or fewer"
+            )
+        try:
+            native = lower_to_float(module, plan, container, self.target)
+            shape = tensor_inputs(node)[0].meta["value"].shape
+            difference = float_disagreement(module, native, shape, container)
+        except (RuntimeError, TypeError) as error:  # what a kernel says to its arguments
+            raise NotNative(f"torch: {' '.join(str(error).split())[:120]}") from error
+        if difference is not None:
+            raise NotNative(f"torch's kernel differs from the simulation {difference}")
+        return native
 
     def _write_other(
         self,

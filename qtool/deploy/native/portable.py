@@ -1,4 +1,4 @@
-"""A convolution in a form that names its kernel, for files that any engine may load."""
+"""Convolutions and linear layers in a form that names their kernel, for files that any engine may load."""
 
 from typing import Any, Optional
 
@@ -9,10 +9,16 @@ from qtool.deploy.native.containers import Container, make_quantized, within_cha
 
 
 class Kernel(nn.Module):
-    """oneDNN's convolution of plain integers, uint8 to uint8, which packs its weight when it first runs.
+    """oneDNN's convolution or linear layer of plain integers, which packs its weight when it first runs.
 
     torch.jit compiles this class: tracing records neither the packing, which is to happen once and where the
     file has been loaded, nor an empty list of optional numbers.
+
+    Args:
+        weights: a weights.PackedWeights, symmetric.
+        geometry: a kernels.Geometry; None for a linear layer.
+        source_zero_point: of the input, uint8.
+        output_zero_point: of the result, uint8; None for one in float.
     """
 
     packed_once: Optional[Tensor]  # noqa: UP045 - TorchScript reads it
@@ -21,33 +27,47 @@ class Kernel(nn.Module):
     zero_points: Tensor
     bias: Optional[Tensor]  # noqa: UP045
 
-    def __init__(self, weights: Any, geometry: Any, source_zero_point: int, output_zero_point: int) -> None:
+    def __init__(
+        self, weights: Any, geometry: Any, source_zero_point: int, output_zero_point: int | None
+    ) -> None:
         super().__init__()
         channels = weights.integers.shape[0]
         self.register_buffer("weight", weights.integers)
         self.register_buffer("scales", weights.scales.float().expand(channels).contiguous())
         self.register_buffer("zero_points", torch.zeros(channels, dtype=torch.int64))
         self.register_buffer("bias", weights.bias)
-        self.stride: list[int] = geometry.stride
-        self.padding: list[int] = geometry.padding
-        self.dilation: list[int] = geometry.dilation
-        self.groups: int = geometry.groups
-        self.x_zero_point, self.y_zero_point = source_zero_point, output_zero_point
+        self.is_linear = geometry is None
+        self.stride: list[int] = [1] if geometry is None else geometry.stride
+        self.padding: list[int] = [0] if geometry is None else geometry.padding
+        self.dilation: list[int] = [1] if geometry is None else geometry.dilation
+        self.groups: int = 1 if geometry is None else geometry.groups
+        self.x_zero_point = source_zero_point
+        self.y_zero_point = 0 if output_zero_point is None else output_zero_point
+        self.in_float = output_zero_point is None
         self.packed_once = None
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed_once
         if packed is None:
-            packed = torch.ops.onednn.qconv_prepack(
-                self.weight, self.scales, 1.0, self.x_zero_point,
-                self.stride, self.padding, self.dilation, self.groups,
-            )  # fmt: skip
+            if self.is_linear:
+                packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            else:
+                packed = torch.ops.onednn.qconv_prepack(
+                    self.weight, self.scales, 1.0, self.x_zero_point,
+                    self.stride, self.padding, self.dilation, self.groups,
+                )  # fmt: skip
             self.packed_once = packed
         no_scalars: list[int | float | complex | None] = []
+        dtype = torch.float32 if self.in_float else torch.uint8
+        if self.is_linear:
+            return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+                x, 1.0, self.x_zero_point, packed, self.scales, self.zero_points, self.bias,
+                1.0, self.y_zero_point, dtype, "none", no_scalars, "",
+            )  # fmt: skip
         return torch.ops.onednn.qconv_pointwise(  # type: ignore[no-any-return]
             x, 1.0, self.x_zero_point, packed, self.scales, self.zero_points, self.bias,
             self.stride, self.padding, self.dilation, self.groups,
-            1.0, self.y_zero_point, torch.uint8, "none", no_scalars, "",
+            1.0, self.y_zero_point, dtype, "none", no_scalars, "",
         )  # fmt: skip
 
 
@@ -55,7 +75,7 @@ class OnednnConv(nn.Module):
     """A convolution on oneDNN's kernel.
 
     Args:
-        weights, geometry: a kernels.PackedWeights and kernels.Geometry; symmetric weights.
+        weights, geometry: a weights.PackedWeights and kernels.Geometry; symmetric weights.
         source, output: containers of its input and its result.
         highs: see kernels.channel_highs.
     """
@@ -78,6 +98,24 @@ class OnednnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         integers = self.kernel(x.int_repr())
         return within_channels(make_quantized(integers, self.output), self.output, self.highs)
+
+
+class FloatResult(nn.Module):
+    """A convolution or linear layer of integers whose accumulator goes back to float.
+
+    Args:
+        weights, geometry: as for Kernel; scales and bias in units of the result.
+        source: container of its input.
+    """
+
+    def __init__(self, weights: Any, geometry: Any, source: Container) -> None:
+        super().__init__()
+        self.weights = weights
+        self.kernel = torch.jit.script(Kernel(weights, geometry, source.zero_point, None).eval())
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.kernel(x.int_repr())
+        return result
 
 
 def unpack(program: Any) -> None:

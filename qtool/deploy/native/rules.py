@@ -7,7 +7,7 @@ integers up to rounding at ties; that layer then runs as in the simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,9 @@ from qtool.deploy.native.kernels import (
     Selecting,
     channel_highs,
 )
-from qtool.deploy.native.target import Target
-from qtool.deploy.native.weights import NotNative, PackedWeights, packed_weights
+from qtool.deploy.native.portable import FloatResult
+from qtool.deploy.native.target import Target, supported_backends
+from qtool.deploy.native.weights import NotNative, PackedWeights, float_weights, packed_weights
 from qtool.quantizers.modules import FakeQuantize, QuantProduct
 from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce, QuantCat
@@ -98,6 +99,30 @@ def lower_weighted(site: Site) -> nn.Module:
     return PinnedConv(weights, geometry, site.inputs[0], site.output, highs)
 
 
+def lower_to_float(module: nn.Module, plan: LayerPlan, source: Container, to: Target) -> FloatResult:
+    """A layer with integer weights whose result stays in float.
+
+    Args:
+        module: that computes it in the simulated network.
+        plan: of the layer.
+        source: container of its input.
+        to: where it is to run.
+
+    Raises:
+        NotNative: if no kernel gives that.
+    """
+    if plan.op not in ENDS_CHANNELS or plan.activation is not None:
+        raise NotNative(f"no int8 kernel for {plan.op!r} that gives floats")
+    if to.backend == "qnnpack" or "onednn" not in supported_backends():
+        raise NotNative("only oneDNN's int8 kernels give floats; --qe-pytorch-backend x86")
+    layer: Any = module
+    weights = float_weights(plan, None if layer.bias is None else layer.bias.detach(), source)
+    if weights.saturating and to.saturates:
+        count, total = weights.saturating, len(weights.integers)
+        raise NotNative(f"sums of {count} of {total} channels could saturate on this processor")
+    return FloatResult(weights, None if plan.op == "linear" else _geometry(layer), source)
+
+
 def _symmetric(weights: PackedWeights) -> bool:
     return not bool(weights.zero_points.any())
 
@@ -114,13 +139,22 @@ def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, tar
     return depthwise and not few and target.backend != "qnnpack"
 
 
+def _geometry(layer: Any) -> Geometry:
+    """That of a float convolution."""
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return _taken({name: getattr(layer, name) for name in names}, layer.weight.shape[2:])
+
+
 def geometry_of(module: QuantWeighted) -> Geometry:
     """A convolution's geometry as torch's quantized kernels take it.
 
     Raises:
         NotNative: if they cannot.
     """
-    g, kernel = module.geometry, module.weight.shape[2:]
+    return _taken(module.geometry, module.weight.shape[2:])
+
+
+def _taken(g: Mapping[str, Any], kernel: Sequence[int]) -> Geometry:
     if g["padding_mode"] != "zeros":
         raise NotNative(f"int8 kernels pad with zeros, not by {g['padding_mode']!r}")
     padding = g["padding"]

@@ -20,6 +20,8 @@ from qtool.quantizers.modules import FakeQuantize
 LARGEST_DIFFERENCE = 1
 # Ties are rare, unless a ratio of scales is a short fraction.
 SHARE_EQUAL = 0.98
+# Results in float, as a share of the largest.
+CLOSE = 1e-5
 
 
 def disagreement(site: Site, native: nn.Module) -> str | None:
@@ -41,6 +43,25 @@ def disagreement(site: Site, native: nn.Module) -> str | None:
     if largest <= LARGEST_DIFFERENCE and equal >= SHARE_EQUAL:
         return None
     return f"by up to {largest} steps, in {100 * (1 - equal):.1f} % of values"
+
+
+def float_disagreement(
+    module: nn.Module, native: nn.Module, shape: torch.Size, source: Container
+) -> str | None:
+    """How two modules that give floats differ on random integers; None if by float32's rounding only.
+
+    Args:
+        module: of the simulation, which reads floats.
+        native: the converted one.
+        shape: of what they read.
+        source: its container.
+    """
+    integers = _random_integers(shape, source, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module((integers.float() - source.zero_point) * source.scale)
+        found = native(make_quantized(integers, source))
+    share = float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo().tiny))
+    return None if share <= CLOSE else f"by {share:.2g} of the largest value"
 
 
 def _random_integers(shape: torch.Size, container: Container, generator: torch.Generator) -> Tensor:

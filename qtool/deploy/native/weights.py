@@ -30,9 +30,9 @@ class PackedWeights:
 
     Args:
         integers: (C_out, ...), int8.
-        scales: () or (C_out,), float64: output steps per step of the accumulator.
+        scales: () or (C_out,), float64: output steps per step of the accumulator, or units of a float output.
         zero_points: of the same shape, int64.
-        bias: (C_out,), float32, in steps of the output, or None.
+        bias: (C_out,), float32, in steps or units of the output, or None.
         saturating: output channels whose sums could saturate on a processor without VNNI.
     """
 
@@ -73,6 +73,31 @@ def packed_weights(plan: LayerPlan, ratio: Tensor, source: Container) -> PackedW
     if bias is not None:
         bias = (bias * scales).float()
     saturating = int(saturating_channels(centered, source.high).sum())
+    return PackedWeights(centered.to(torch.int8), scales, zero_points, bias, saturating)
+
+
+def float_weights(plan: LayerPlan, bias: Tensor | None, source: Container) -> PackedWeights:
+    """A layer's stored integers for a kernel that gives floats.
+
+    Args:
+        plan: of the layer.
+        bias: (C_out,), float32, or None.
+        source: container of the layer's input.
+
+    Raises:
+        NotNative: if the weight has more than 8 bits or is not symmetric, or sums exceed the accumulator.
+    """
+    assert plan.weight is not None and plan.weight_q is not None
+    if plan.weight.spec.num_bits > 8:
+        raise NotNative(f"its weight has {plan.weight.spec.num_bits} bits; --qe-bits-wts 8 or fewer")
+    centered, zero_points = kernel_integers(plan)
+    if bool(zero_points.any()):
+        raise NotNative("kernels that give floats take symmetric weights only; --qe-mode-wts sym")
+    largest_input = max(source.zero_point, source.high - source.zero_point)
+    if float(channel_magnitudes(plan.weight, plan.weight_q).max()) * largest_input >= 2.0 ** (ACCUM_BITS - 1):
+        raise NotNative(f"its sums can exceed {ACCUM_BITS} bits; fewer --qe-bits-wts")
+    saturating = int(saturating_channels(centered, source.high).sum())
+    scales = plan.weight.scale.double() * source.scale
     return PackedWeights(centered.to(torch.int8), scales, zero_points, bias, saturating)
 
 

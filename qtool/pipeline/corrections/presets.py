@@ -103,7 +103,7 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """
     words: list[str] = []
     methods: list[CorrectionConfig] = []
-    quantizers = _exact_sums(_estimators(quantizers, words), traits, words)
+    quantizers = _exact_sums(preset, _estimators(quantizers, words), traits, words)
     _equalization(traits, methods, words)
     if traits.weight_bits is None:
         words.append("weights stay in float, and with them their biases")
@@ -125,13 +125,15 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
     return quantizers
 
 
-def _exact_sums(quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
+def _exact_sums(
+    preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]
+) -> QuantizeConfig:
     """No rounding that kernels do not need."""
     if traits.activation_bits is None:
         return quantizers
     if quantizers.add_rounding == "inputs":
-        few = traits.activation_bits <= FEW_BITS
-        quantizers = replace(quantizers, add_rounding="fused" if few else "sum")
+        fused = preset == BEST or traits.activation_bits <= FEW_BITS
+        quantizers = replace(quantizers, add_rounding="fused" if fused else "sum")
     words.append(f"{SUMS[quantizers.add_rounding]}; what the network gives is not rounded at all")
     return replace(quantizers, float_output=True)
 

@@ -76,8 +76,9 @@ def test_named_methods_come_in_place_of_the_preset_s(traced):
 
 @pytest.mark.parametrize(("bits", "expected"), [(8, "sum"), (6, "sum"), (5, "fused"), (4, "fused")])
 def test_with_few_bits_what_is_added_up_is_not_rounded_before(traced, bits, expected):
-    found = _decide(traced, "fast", bits_activations=bits)
-    assert found.quantizers.add_rounding == expected
+    for preset in ("fast", "accurate"):
+        assert _decide(traced, preset, bits_activations=bits).quantizers.add_rounding == expected
+    assert _decide(traced, "best", bits_activations=bits).quantizers.add_rounding == "fused"
 
 
 def test_sums_that_are_to_stay_in_float_do(traced):
