@@ -125,9 +125,7 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
     return quantizers
 
 
-def _exact_sums(
-    preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]
-) -> QuantizeConfig:
+def _exact_sums(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
     """No rounding that kernels do not need."""
     if traits.activation_bits is None:
         return quantizers
