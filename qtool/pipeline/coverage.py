@@ -68,9 +68,12 @@ def coverage(traced: fx.GraphModule, specs: Mapping[str, LayerSpec]) -> Coverage
         work = macs.get(name)
         if work is None:
             continue
-        kind, why = layer_kind(node, specs.get(name), fused_away=False)
+        spec = specs.get(name)
+        kind, why = layer_kind(node, spec, fused_away=False)
         total += work.count
-        if kind == plans.INTEGER:
+        # What its accumulator holds may go back to float; with a grid for inputs it multiplies integers.
+        reads_integers = spec is not None and spec.input is not None
+        if kind == plans.INTEGER or (kind == plans.WEIGHTS_ONLY and reads_integers):
             quantized += work.count
         else:
             left[name] = (work.count if work.known else None, why or _WHY.get(kind, kind))

@@ -13,6 +13,8 @@ from qtool.deploy.native.files import from_file, to_file
 from qtool.errors import ConfigError
 from qtool.graph.fold import fold_batch_norms
 from qtool.numerics.metrics import sqnr_db
+from qtool.pipeline import steps
+from qtool.pipeline.coverage import coverage
 from qtool.quantizers.lockstep import integer_layers
 from qtool.quantizers.prepare import build
 
@@ -290,3 +292,12 @@ def test_a_file_holds_layers_that_give_floats(blocks, tiny_batches, tmp_path):
     x = torch.cat(tiny_batches)
     torch.testing.assert_close(from_file(path)(x), model(x), rtol=0, atol=1e-4)
     assert torch.equal(from_file(path)(x), native(x))
+
+
+def test_layers_that_give_floats_count_as_quantized(blocks, tiny_batches):
+    traced = qtool.trace(blocks, tiny_batches[0])
+    for rounding in ("sum", "fused", "none"):
+        asked = QuantizeConfig(add_rounding=rounding, float_output=True)
+        assert coverage(traced, steps.specs_for(traced, asked)).percent == 100
+    weights_alone = QuantizeConfig(overrides={"second": {"bits_activations": 0}})
+    assert list(coverage(traced, steps.specs_for(traced, weights_alone)).left) == ["second"]

@@ -37,10 +37,10 @@ class Kernel(nn.Module):
         self.register_buffer("zero_points", torch.zeros(channels, dtype=torch.int64))
         self.register_buffer("bias", weights.bias)
         self.is_linear = geometry is None
-        self.stride: list[int] = [1] if geometry is None else geometry.stride
-        self.padding: list[int] = [0] if geometry is None else geometry.padding
-        self.dilation: list[int] = [1] if geometry is None else geometry.dilation
-        self.groups: int = 1 if geometry is None else geometry.groups
+        self.stride = [1] if geometry is None else geometry.stride
+        self.padding = [0] if geometry is None else geometry.padding
+        self.dilation = [1] if geometry is None else geometry.dilation
+        self.groups = 1 if geometry is None else geometry.groups
         self.x_zero_point = source_zero_point
         self.y_zero_point = 0 if output_zero_point is None else output_zero_point
         self.in_float = output_zero_point is None

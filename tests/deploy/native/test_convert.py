@@ -156,13 +156,15 @@ def test_weights_above_8_bits_are_simulated(kernel_net, kernel_stats, kernel_bat
 
 def test_float_and_half_precision_layers_stay_as_they_are(kernel_net, kernel_stats, kernel_batch):
     config = qtool.QuantizeConfig(
-        no_quant_layers=("squeeze",), overrides={"fc1": {"fpq_module": 16}, "gate": {"bits_activations": 0}}
+        no_quant_layers=("squeeze", "avgpool"),
+        overrides={"fc1": {"fpq_module": 16}, "(gate|few_groups)": {"bits_activations": 0}},
     )
     model = qtool.quantize(kernel_net, kernel_stats, config)
     native = convert(model)
     assert layer_of(native, "squeeze") == (IN_FLOAT, "not asked for")
     assert layer_of(native, "fc1") == (IN_FLOAT, "runs in a float type of its own")
     assert layer_of(native, "gate") == (IN_FLOAT, "only its weights are quantized; --qe-bits-acts 8")
+    assert layer_of(native, "few_groups") == (INT8, "")  # it reads integers, and gives floats
     assert_same_up_to_ties(model, native, kernel_batch)
 
 
