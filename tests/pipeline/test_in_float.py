@@ -1,5 +1,7 @@
 """The network's output and its sums in float, between layers on integers."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -301,3 +303,13 @@ def test_layers_that_give_floats_count_as_quantized(blocks, tiny_batches):
         assert coverage(traced, steps.specs_for(traced, asked)).percent == 100
     weights_alone = QuantizeConfig(overrides={"second": {"bits_activations": 0}})
     assert list(coverage(traced, steps.specs_for(traced, weights_alone)).left) == ["second"]
+
+
+@pytest.mark.parametrize("rounding", ["sum", "fused", "none"])
+@pytest.mark.parametrize("left", [("add.*",), ("second", "mean"), ("relu.*", "pool"), (".*",)])
+def test_layers_that_are_not_quantized_stay_as_they_are(left, rounding, blocks, tiny_batches):
+    model = _quantized(blocks, tiny_batches, add_rounding=rounding, no_quant_layers=left, float_output=True)
+    x = torch.cat(tiny_batches)
+    assert sqnr_db(blocks(x), model(x)) > 20
+    names = [name for name, layer in model.plan.layers.items() if re.fullmatch("|".join(left), name)]
+    assert names and all(model.plan.layers[n].kind in ("float", "identity") for n in names)
