@@ -119,7 +119,10 @@ def _treatment(node: fx.Node, spec: LayerSpec | None, never_negative: Set[fx.Nod
     if spec.output is not None and kind in (plans.INTEGER, plans.FAKE):
         output = asked_of_output(node, spec, never_negative)
         parts.append(f"output {_grid_name(output)}{_clipped(spec.clip)}")
-    return ", ".join(parts) + (" (computes in float)" if kind == plans.FAKE else "")
+    if kind == plans.WEIGHTS_ONLY and spec.input is not None:
+        parts.append("output in float")
+    in_float = f" (input {spec.carried} in float)" if spec.carried is not None else " (computes in float)"
+    return ", ".join(parts) + (in_float if kind == plans.FAKE else "")
 
 
 _WITH_WEIGHTS = (plans.INTEGER, plans.WEIGHTS_ONLY, plans.EMBEDDING)

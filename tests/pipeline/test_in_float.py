@@ -313,3 +313,13 @@ def test_layers_that_are_not_quantized_stay_as_they_are(left, rounding, blocks, 
     assert sqnr_db(blocks(x), model(x)) > 20
     names = [name for name, layer in model.plan.layers.items() if re.fullmatch("|".join(left), name)]
     assert names and all(model.plan.layers[n].kind in ("float", "identity") for n in names)
+
+
+def test_the_list_of_layers_says_what_stays_in_float(run_cli):
+    flags = ("--qe-bits-acts", 4, "--qe-float-output", "--qe-add-rounding", "fused")
+    lines = run_cli("layers", "-a", "resnet20_cifar", *flags).stdout.splitlines()
+    shown = {line.split()[0]: line for line in lines if line.strip()}
+    assert shown["layer1.0.conv1"].endswith("weights 8-bit sym, output 4-bit sym")
+    assert shown["layer1.0.conv2"].endswith("weights 8-bit sym, output in float")
+    assert shown["layer1.0.residual_eltwiseadd"].endswith("output 4-bit sym (input 1 in float)")
+    assert shown["fc"].endswith("weights 8-bit sym, output in float")
