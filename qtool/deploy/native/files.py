@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from qtool.deploy.entries import check_entry
 from qtool.deploy.native import NativeModel
-from qtool.deploy.native.kernels import PinnedConv
+from qtool.deploy.native.kernels import Conv, PinnedConv
 from qtool.deploy.native.portable import unpack
 from qtool.deploy.native.target import engine, no_deprecation_warnings, supported_backends
 from qtool.errors import ModelError
@@ -60,11 +60,24 @@ def to_file(native: NativeModel, example: Tensor, **info: Any) -> bytes:
 
 
 def _portable(network: fx.GraphModule) -> fx.GraphModule:
-    """The network with layers that give the same on every engine."""
+    """The network with layers that give the same on every engine.
+
+    A convolution in front of such a layer, which it alone reads, comes along if it runs on the same kernel:
+    plain integers then go from one to the other, and are not copied out of a quantized tensor.
+    """
     copied = copy_graph(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, PinnedConv):
-            copied.set_submodule(name, module.portable())
+    modules = dict(network.named_modules())
+    for node in copied.graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, PinnedConv):
+            continue
+        (source,) = node.all_input_nodes
+        before = modules.get(str(source.target)) if source.op == "call_module" else None
+        joined = type(before) is Conv and before.on_onednn and list(source.users) == [node]
+        if joined:
+            assert isinstance(before, Conv)
+            copied.set_submodule(str(source.target), before.portable(gives_integers=True))
+        copied.set_submodule(str(node.target), module.portable(takes_integers=joined))
     return copied
 
 

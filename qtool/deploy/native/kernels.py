@@ -28,6 +28,9 @@ from qtool.deploy.native.weights import PackedWeights
 from qtool.quantizers.blocks import memory_blocks
 from qtool.quantizers.limits import OutputClamp
 
+# The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
+ONEDNN_MAX_GROUPS = 100
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -49,7 +52,7 @@ class Conv(nn.Module):
 
     Args:
         weights, geometry: of the layer.
-        output: where its result goes.
+        source, output: where its input and its result lie.
         backend: the engine whose kernel it runs on.
         highs: see channel_highs.
     """
@@ -60,12 +63,14 @@ class Conv(nn.Module):
         self,
         weights: PackedWeights,
         geometry: Geometry,
+        source: Container,
         output: Container,
         backend: str,
         highs: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.weights, self.geometry, self.output = weights, geometry, output
+        self.weights, self.geometry = weights, geometry
+        self.source, self.output, self.backend = source, output, backend
         self.register_buffer("highs", highs)
         self.dims = len(geometry.stride)
         prepack = getattr(torch.ops.quantized, f"conv{self.dims}d_prepack")
@@ -77,6 +82,17 @@ class Conv(nn.Module):
         conv = getattr(torch.ops.quantized, f"conv{self.dims}d")
         y = conv(x, self.packed, 1.0, self.output.zero_point)
         return within_channels(y, self.output, self.highs)
+
+    @property
+    def on_onednn(self) -> bool:
+        """Whether it runs on oneDNN's kernel; the engine x86 hands that all but those of many groups."""
+        few = self.geometry.groups <= ONEDNN_MAX_GROUPS and not bool(self.weights.zero_points.any())
+        return self.backend == "onednn" or (self.backend == "x86" and few)
+
+    def portable(self, takes_integers: bool = False, gives_integers: bool = False) -> nn.Module:
+        """The same layer in a form that says which kernel it needs; on oneDNN only. See OnednnConv."""
+        at = (self.source, self.output, self.highs)
+        return OnednnConv(self.weights, self.geometry, *at, takes_integers, gives_integers)
 
 
 class PinnedConv(Conv):
@@ -93,12 +109,7 @@ class PinnedConv(Conv):
         output: Container,
         highs: Tensor | None = None,
     ) -> None:
-        super().__init__(weights, geometry, output, "onednn", highs)
-        self.source = source
-
-    def portable(self) -> nn.Module:
-        """The same layer in a form that says which kernel it needs."""
-        return OnednnConv(self.weights, self.geometry, self.source, self.output, self.highs)
+        super().__init__(weights, geometry, source, output, "onednn", highs)
 
 
 class Linear(nn.Module):

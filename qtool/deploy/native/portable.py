@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from qtool.deploy.native.containers import Container, make_quantized, within_channels
+from qtool.deploy.native.containers import LARGEST, Container, make_quantized, within_channels
 
 
 class Kernel(nn.Module):
@@ -78,6 +78,8 @@ class OnednnConv(nn.Module):
         weights, geometry: a weights.PackedWeights and kernels.Geometry; symmetric weights.
         source, output: containers of its input and its result.
         highs: see kernels.channel_highs.
+        takes_integers: whether it reads plain uint8, which an own one in front of it gives.
+        gives_integers: whether it gives plain uint8, which the one behind it takes.
     """
 
     highs: Tensor | None
@@ -89,15 +91,22 @@ class OnednnConv(nn.Module):
         source: Container,
         output: Container,
         highs: Tensor | None = None,
+        takes_integers: bool = False,
+        gives_integers: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("highs", highs)
         self.output = output
+        self.takes_integers, self.gives_integers = takes_integers, gives_integers
         self.kernel = torch.jit.script(Kernel(weights, geometry, source.zero_point, output.zero_point).eval())
 
     def forward(self, x: Tensor) -> Tensor:
-        integers = self.kernel(x.int_repr())
-        return within_channels(make_quantized(integers, self.output), self.output, self.highs)
+        integers: Tensor = self.kernel(x if self.takes_integers else x.int_repr())
+        if not self.gives_integers:
+            return within_channels(make_quantized(integers, self.output), self.output, self.highs)
+        if self.output.high < LARGEST:
+            integers = integers.clamp(max=self.output.high)
+        return integers if self.highs is None else torch.minimum(integers, self.highs)
 
 
 class FloatResult(nn.Module):

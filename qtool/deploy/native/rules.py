@@ -16,6 +16,7 @@ from torch import fx, nn
 from qtool.deploy.native.containers import LARGEST, Container
 from qtool.deploy.native.exhaustive import same_joined, same_pairs
 from qtool.deploy.native.kernels import (
+    ONEDNN_MAX_GROUPS,
     Add,
     Cat,
     Conv,
@@ -37,8 +38,6 @@ from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce, QuantCat
 from qtool.quantizers.weighted import QuantWeighted
 
-# The engine x86 takes oneDNN's kernels up to here (aten/src/ATen/native/quantized/cpu/OnednnUtils.h).
-ONEDNN_MAX_GROUPS = 100
 # Layers whose modules end each channel elsewhere, as a ReLU6 with limits of its own asks for.
 ENDS_CHANNELS = frozenset({"conv", "linear"})
 # Share of the pairs of integers whose sum lies so near to a tie that float32 may take it for another side.
@@ -90,7 +89,7 @@ def lower_weighted(site: Site) -> nn.Module:
         return Linear(weights, site.output, backend, highs)
     geometry = geometry_of(module)
     if not count or not _on_fbgemms_depthwise_kernel(weights, geometry, site.target):
-        return Conv(weights, geometry, site.output, backend, highs)
+        return Conv(weights, geometry, site.inputs[0], site.output, backend, highs)
     if not symmetric:
         raise NotNative(
             f"sums of {count} of {total} channels could saturate in fbgemm's depthwise kernel; "

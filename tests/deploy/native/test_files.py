@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import qtool
 from qtool.deploy.native import Target, convert, supported_backends
 from qtool.deploy.native.files import ENTRY, from_file, is_native_file, to_file
-from qtool.deploy.native.kernels import PinnedConv
+from qtool.deploy.native.kernels import Conv, PinnedConv
 from qtool.errors import ModelError
 
 # A process in which qtool cannot be imported loads the file, whatever its engine, and runs it.
@@ -54,6 +56,32 @@ def test_a_loaded_file_packs_weights_once(native, saved, kernel_batch):
         packed.append(sum("qconv_prepack" in event.name for event in profile.events()))
     pinned = sum(isinstance(module, PinnedConv) for module in native.network.modules())
     assert packed == [pinned, 0, 0]
+
+
+@pytest.mark.skipif(
+    not Target.here().vnni, reason="sums saturate on this processor: such layers are simulated"
+)
+def test_integers_go_straight_into_a_pinned_convolution(tmp_path):
+    """From the one in front of it, which it alone reads."""
+    torch.manual_seed(0)
+    expand, depthwise = nn.Conv2d(3, 112, 1), nn.Conv2d(112, 112, 3, padding=1, groups=112)
+    for layer in (expand, depthwise):
+        layer.weight.data *= 4 * torch.rand(112, 1, 1, 1)
+    net = nn.Sequential(expand, nn.ReLU6(), depthwise, nn.ReLU6(), nn.Conv2d(112, 4, 1), nn.Flatten()).eval()
+    x = torch.randn(4, 3, 6, 6)
+    config = qtool.QuantizeConfig(mode="asym_u", mode_weights="sym", per_channel_weights=True)
+    native = convert(qtool.quantize(net, qtool.calibrate(net, [x]), config))
+    assert [type(native.network.get_submodule(name)) for name in "024"] == [Conv, PinnedConv, Conv]
+    path = tmp_path / "native.pt"
+    path.write_bytes(to_file(native, x[:2]))
+    program = from_file(path)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = program(x)
+    assert torch.equal(found, native(x))
+    names = [event.name for event in profile.events()]
+    assert names.count("onednn::qconv_pointwise") == 2 and names.count("quantized::conv2d") == 1
+    # Of the image and of the result, and of nothing in between.
+    assert names.count("aten::int_repr") == 2
 
 
 def test_a_fresh_process_without_qtool_gives_the_same(native, saved, kernel_batch, tmp_path):

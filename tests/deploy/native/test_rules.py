@@ -110,7 +110,7 @@ def test_depthwise_convolutions_avoid_the_kernel_that_saturates(backend):
     layer = native.network.get_submodule("0")
     assert type(layer) is PinnedConv and native.layers["0"].saturating == 112
     assert_same(expected, found)
-    saturates = Conv(layer.weights, layer.geometry, layer.output, "fbgemm")
+    saturates = Conv(layer.weights, layer.geometry, layer.source, layer.output, "fbgemm")
     x = ToGrid(layer.source)(WIDE)
     assert int((saturates(x).int_repr().int() - layer(x).int_repr().int()).abs().max()) > 1
 
