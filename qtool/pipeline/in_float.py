@@ -23,6 +23,8 @@ from qtool.quantizers.plan.kinds import INTEGER_OPS, computes_only_tensors
 
 Specs = Mapping[str, LayerSpec]
 Own = Mapping[str, Mapping[str, Any]]
+# Nodes that hand on the values they read, in another order at most.
+MOVED = ops.KEEPS_GRID | ops.MOVES
 # What of one tensor is some of its values; sums in float are looked for through them.
 CHOOSES = SELECTS - {"cat", "stack", "maximum"}
 
@@ -63,7 +65,7 @@ def with_float_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
         if _leave(found, name, own):
             left.add(name)
     for name, node in nodes.items():
-        sources = [_layer_of(source) for source in tensor_inputs(node)]
+        sources = [_origin(source, MOVED).meta.get("layer") for source in tensor_inputs(node)]
         if name in left or left.isdisjoint(sources):
             continue
         if node.meta["op"] in CHOOSES and _leave(found, name, own):
@@ -88,7 +90,7 @@ def with_fused_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
     for name, node, _ in layers(folded):
         if node.meta["op"] != "add" or not computes_only_tensors(node) or specs[name].output is None:
             continue
-        given = [(index, _computed(source)) for index, source in enumerate(tensor_inputs(node))]
+        given = [(index, _origin(source, ops.KEEPS_GRID)) for index, source in enumerate(tensor_inputs(node))]
         fit = [(place[giver], index, giver) for index, giver in given if _feeds_only(giver, node, specs)]
         if fit:
             _, index, giver = max(fit)
@@ -97,9 +99,9 @@ def with_fused_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
     return found
 
 
-def _computed(node: fx.Node) -> fx.Node:
-    """Where a value comes from, seen through dropout and the like."""
-    while "layer" not in node.meta and node.meta["op"] in ops.KEEPS_GRID and tensor_inputs(node):
+def _origin(node: fx.Node, through: frozenset[str]) -> fx.Node:
+    """Where a value comes from, seen through nodes of some operations that are no layers."""
+    while "layer" not in node.meta and node.meta["op"] in through and tensor_inputs(node):
         node = tensor_inputs(node)[0]
     return node
 
@@ -109,13 +111,6 @@ def _feeds_only(giver: fx.Node, reader: fx.Node, specs: Specs) -> bool:
     spec = specs.get(giver.meta.get("layer", ""))
     on_integers = spec is not None and spec.weight is not None and spec.output is not None
     return on_integers and giver.meta["op"] in WEIGHTED and readers(giver) == [reader]
-
-
-def _layer_of(node: fx.Node) -> str | None:
-    """The layer whose values these are, moved at most; None for an input of the network."""
-    while "layer" not in node.meta and node.meta["op"] in ops.KEEPS_GRID | ops.MOVES and tensor_inputs(node):
-        node = tensor_inputs(node)[0]
-    return node.meta.get("layer")
 
 
 def _giving(values: Iterable[fx.Node], through: frozenset[str], anything: bool = False) -> list[str]:
@@ -132,8 +127,7 @@ def _giving(values: Iterable[fx.Node], through: frozenset[str], anything: bool =
         node = waiting.pop()
         name = node.meta.get("layer")
         if name is None:
-            moved = node.meta.get("op") in ops.KEEPS_GRID | ops.MOVES
-            waiting += tensor_inputs(node) if moved else []
+            waiting += tensor_inputs(node) if node.meta.get("op") in MOVED else []
         elif name not in found and (anything or node.meta["op"] in WEIGHTED | through):
             found[name] = None
             waiting += tensor_inputs(node) if node.meta["op"] in through else []

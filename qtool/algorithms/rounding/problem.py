@@ -15,7 +15,8 @@ from qtool.algorithms.rounding.rows import choose_positions, grouped, groups_of,
 from qtool.quantizers.lockstep import Moment, float_bias
 from qtool.quantizers.plan import LayerPlan
 
-BLENDED, ASYMMETRIC, SYMMETRIC = TARGETS = ("blended", "asymmetric", "symmetric")
+BLENDED, SYMMETRIC = "blended", "symmetric"
+TARGETS = (BLENDED, "asymmetric", SYMMETRIC)
 
 
 @dataclass(frozen=True)

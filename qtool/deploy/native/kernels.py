@@ -86,7 +86,7 @@ class Conv(nn.Module):
     @property
     def on_onednn(self) -> bool:
         """Whether it runs on oneDNN's kernel; the engine x86 hands that all but those of many groups."""
-        few = self.geometry.groups <= ONEDNN_MAX_GROUPS and not bool(self.weights.zero_points.any())
+        few = self.geometry.groups <= ONEDNN_MAX_GROUPS and self.weights.symmetric
         return self.backend == "onednn" or (self.backend == "x86" and few)
 
     def portable(self, takes_integers: bool = False, gives_integers: bool = False) -> nn.Module:

@@ -74,7 +74,7 @@ def lower_weighted(site: Site) -> nn.Module:
     module, plan = site.module, site.plan
     assert isinstance(module, QuantWeighted) and plan.weight is not None and plan.weight_q is not None
     weights = packed_weights(plan, module.requantize.ratio, site.inputs[0])
-    symmetric = _symmetric(weights)
+    symmetric = weights.symmetric
     backend = "onednn" if site.target.as_simulated and symmetric else site.target.backend
     if backend == "onednn" and not symmetric:
         raise NotNative("onednn takes symmetric weights only; --qe-mode-wts sym, or --qe-pytorch-backend x86")
@@ -122,10 +122,6 @@ def lower_to_float(module: nn.Module, plan: LayerPlan, source: Container, to: Ta
     return FloatResult(weights, None if plan.op == "linear" else _geometry(layer), source)
 
 
-def _symmetric(weights: PackedWeights) -> bool:
-    return not bool(weights.zero_points.any())
-
-
 def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, target: Target) -> bool:
     """Whether a convolution could run on a kernel that saturates on processors with VNNI too.
 
@@ -133,7 +129,7 @@ def _on_fbgemms_depthwise_kernel(weights: PackedWeights, geometry: Geometry, tar
     a file made for onednn is loaded on unless one says otherwise.
     """
     depthwise = geometry.groups > 1 and weights.integers.shape[1] == 1 and weights.integers.dim() > 3
-    symmetric = _symmetric(weights)
+    symmetric = weights.symmetric
     few = geometry.groups <= ONEDNN_MAX_GROUPS and symmetric and target.backend != "fbgemm"
     return depthwise and not few and target.backend != "qnnpack"
 

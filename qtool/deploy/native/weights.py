@@ -42,6 +42,11 @@ class PackedWeights:
     bias: Tensor | None
     saturating: int = 0
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether all zero points are 0."""
+        return not bool(self.zero_points.any())
+
     def tensor(self) -> Tensor:
         """The weight as a quantized tensor; its integers are those given."""
         make: Any = torch
