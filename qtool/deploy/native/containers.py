@@ -140,10 +140,7 @@ class ToGrid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.container
-        integers = torch.quantize_per_tensor(x / c.scale, 1.0, c.zero_point, torch.quint8).int_repr()
-        if c.high != LARGEST:
-            integers = integers.clamp_(max=c.high)
-        return make_quantized(integers, c)
+        return within(torch.quantize_per_tensor(x / c.scale, 1.0, c.zero_point, torch.quint8), c)
 
 
 def make_quantized(integers: Tensor, container: Container) -> Tensor:

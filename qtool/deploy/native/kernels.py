@@ -294,3 +294,26 @@ class Selecting(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.rescale(self.operation(*args, **kwargs))
         return result
+
+
+class Mean(nn.Module):
+    """A mean over windows or dimensions, of integers in float: their sum is exact in any order in memory.
+
+    Args:
+        operation: the mean, of its first argument.
+        ratio: output steps per input step.
+        output: where it goes.
+    """
+
+    why = "int8 kernels would round it on the grid of their input too; integers are added up in float"
+
+    def __init__(self, operation: nn.Module, ratio: float, output: Container) -> None:
+        super().__init__()
+        self.operation = operation
+        self.ratio, self.output = ratio, output
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        steps = self.operation(x.dequantize(), *args, **kwargs) * self.ratio
+        return within(
+            torch.quantize_per_tensor(steps, 1.0, self.output.zero_point, torch.quint8), self.output
+        )

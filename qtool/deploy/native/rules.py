@@ -22,6 +22,7 @@ from qtool.deploy.native.kernels import (
     Conv,
     Geometry,
     Linear,
+    Mean,
     Mul,
     PinnedConv,
     Pointwise,
@@ -33,7 +34,7 @@ from qtool.deploy.native.kernels import (
 from qtool.deploy.native.portable import FloatResult
 from qtool.deploy.native.target import Target, supported_backends
 from qtool.deploy.native.weights import NotNative, PackedWeights, float_weights, packed_weights
-from qtool.quantizers.modules import FakeQuantize, QuantProduct
+from qtool.quantizers.modules import Cast, FakeQuantize, QuantProduct
 from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.rescaling import QuantAdd, QuantAddOnce, QuantCat
 from qtool.quantizers.weighted import QuantWeighted
@@ -269,8 +270,11 @@ def lower_leaky_relu(site: Site) -> nn.Module:
 
 
 def lower_mean(site: Site) -> nn.Module:
-    """Never: torch's kernels give a mean on the grid of their input, so another grid means rounding twice."""
-    raise NotNative("int8 kernels keep the grid of their input; computed in float and rounded once")
+    """A mean over windows or dimensions: torch's kernels would round it on the grid of their input too."""
+    operation = _operation(site)
+    if isinstance(operation, Cast):
+        raise NotNative("runs in a float type of its own")
+    return Mean(operation, site.inputs[0].scale / site.output.scale, site.output)
 
 
 def _rescale(site: Site) -> nn.Module:

@@ -5,7 +5,7 @@ from torch import nn
 import qtool
 from qtool.deploy.native import IN_FLOAT, INT8, SIMULATED, Target, convert, integers, supported_backends
 from qtool.deploy.native.containers import ToGrid
-from qtool.deploy.native.kernels import Add, Conv, PinnedConv, RoundedAdd
+from qtool.deploy.native.kernels import Add, Conv, Mean, PinnedConv, RoundedAdd
 
 needs_vnni = pytest.mark.skipif(not Target.here().vnni, reason="without VNNI such layers are simulated")
 
@@ -27,6 +27,11 @@ def assert_same(expected, found):
 def seeded(*layers):
     torch.manual_seed(0)
     return nn.Sequential(*layers).requires_grad_(False)
+
+
+class Average(nn.Module):
+    def forward(self, x):
+        return x.mean([2, 3])
 
 
 IMAGES = torch.rand(2, 16, 9, 9, generator=torch.Generator().manual_seed(3)) * 2 - 0.5
@@ -221,3 +226,25 @@ def test_approximated_ratios_are_those_of_the_simulation(everywhere):
     # Convolutions take the approximated ratio itself.
     assert native.layers["a"].runs == native.layers["b"].runs == INT8
     assert_same(expected, found)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize(
+    "mean",
+    [nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((2, 3)), nn.AvgPool2d(3, 2, padding=1), Average()],
+)
+def test_means_add_up_integers_in_any_order_in_memory(mean, bits):
+    net = seeded(nn.Conv2d(16, 16, 3), mean)
+    expected, found, native = converted(net, IMAGES, mode="asym_u", mode_weights="sym", bits_activations=bits)
+    assert_same(expected, found)
+    assert Mean in {type(module) for module in native.network.modules()}
+    layer = list(native.layers.values())[-1]
+    assert layer.runs == IN_FLOAT and "added up in float" in layer.why
+
+
+def test_a_mean_in_a_float_type_of_its_own_stays_there():
+    net = seeded(nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1))
+    overrides = {"1": {"fpq_module": 16}}
+    expected, found, native = converted(net, IMAGES, mode="asym_u", mode_weights="sym", overrides=overrides)
+    assert_same(expected, found)
+    assert "float type" in native.layers["1"].why
