@@ -34,6 +34,7 @@ import qtool
 from benchmarks import networks
 from qtool.deploy.onnx import NEWEST_OPSET, float_model, qdq_model, to_model
 from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.deploy.onnx.simulation import simulation
 from qtool.deploy.pt2e import reference, to_program
 from qtool.deploy.timing import time_in_turns
 from qtool.graph.fold import fold_batch_norms
@@ -106,6 +107,8 @@ def measure(subject: networks.Subject, stats: Any, name: str, images: int, secon
         **OF_RANDOM if subject.name == RANDOM else {},
     )
     model = qtool.quantize(subject.traced, stats, config)
+    if form == "onnx":
+        model = simulation(model)
     shape = tuple(subject.images[0].shape[1:])
     folded = fold_batch_norms(subject.traced).traced
     in_float = _session(float_model(folded, shape), subject.name)

@@ -55,6 +55,23 @@ def test_the_engine_is_what_is_evaluated(run, monkeypatch):
     assert results["float"]["top1"] > 90 and results["quantized"]["top1"] < 10
 
 
+def test_the_arithmetic_of_onnxruntime_is_what_an_export_gives(run):
+    pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'qtool[onnx]'")
+    onnx = ("--arithmetic", "onnxruntime")
+    stdout, _, results, folder = run("quantize", *SMALL, *SYMMETRIC, *onnx, "--qe-bits-acts", "8")
+    assert results["engine"]["arithmetic"] == "onnxruntime" and results["engine"]["taken"] == "simulate"
+    assert "engine simulate: in onnxruntime's arithmetic" in stdout
+    checkpoint = folder / "quantized_checkpoint.pth.tar"
+    stdout, _, exported, folder = run("export", "--checkpoint", checkpoint, "--verify", 100, "-j", "0")
+    assert exported["agreement"] == 100 and exported["logit_sqnr_db"] is None
+    assert {layer["largest"] for layer in exported["layers"].values()} == {0}
+    assert "qtool's simulation in onnxruntime's arithmetic, as --arithmetic onnxruntime evaluates" in stdout
+    again = run("evaluate", "--checkpoint", folder / "quantized.onnx", *SMALL[:2], "-j", "0")[2]
+    ours = run("evaluate", "--checkpoint", checkpoint, *SMALL[:2], "-j", "0", *onnx)[2]
+    assert again["onnx"]["loss"] == pytest.approx(ours["quantized"]["loss"], rel=1e-9)
+    assert ours["quantized"]["loss"] == results["quantized"]["loss"]
+
+
 def test_auto_says_what_it_took(run):
     stdout, stderr, results, folder = run("quantize", *SMALL, *SYMMETRIC, "--engine", "auto")
     assert results["engine"]["taken"] == "int8" and results["engine"]["asked"] == "auto"
@@ -116,6 +133,15 @@ def test_what_was_compiled_is_what_is_evaluated(run, monkeypatch):
     [
         (("--engine", "int8", "--compile"), "--compile: compiles the simulation, and --engine int8 runs"),
         (("--engine", "int8", "--qept"), "--engine int8: --qe-convert-pytorch evaluates int8 kernels beside"),
+        (
+            ("--arithmetic", "onnxruntime", "--engine", "auto"),
+            "--arithmetic onnxruntime: is of the simulation",
+        ),
+        (
+            ("--arithmetic", "onnxruntime", "--qept"),
+            "--arithmetic onnxruntime: is of the simulation, and --qe",
+        ),
+        (("--arithmetic", "onnxruntime", "--qe-dynamic"), "--arithmetic onnxruntime: is that of grids known"),
         (("--verify", "3"), "--verify: compares int8 kernels with the simulation, and only the simulation"),
         (("--engine", "int8", "--qe-dynamic"), "--engine int8: int8 kernels need grids that are known"),
         (("--engine", "int8", "--device", "cuda:0"), "--engine int8: torch's int8 kernels run on the CPU"),
@@ -131,6 +157,10 @@ def test_what_cannot_be_had_is_refused(args, message, run_cli):
 def test_only_quantized_networks_have_an_engine(run_cli):
     done = run_cli("evaluate", "--engine", "auto", *SMALL[:2])
     assert done.exit_code == 1 and "--engine auto: qtool's own digits_resnet weights is float" in done.stderr
+    done = run_cli("evaluate", "--arithmetic", "onnxruntime", *SMALL[:2])
+    assert (
+        done.exit_code == 1 and "--arithmetic onnxruntime: qtool's own digits_resnet weights" in done.stderr
+    )
     assert run_cli("quantize", "--engine", "fast").exit_code == 2
 
 

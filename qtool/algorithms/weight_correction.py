@@ -40,6 +40,8 @@ from qtool.quantizers.weights import integer_dtype, weight_values
 
 METHOD = "weight_correction"
 FORMS = ("fold", "requantize")
+SPREAD, PROJECTION = "spread", "projection"
+FACTORS = (SPREAD, PROJECTION)
 # Neural Compressor's, against weights that all became the same.
 EPS = 1e-5
 
@@ -50,27 +52,37 @@ class WeightCorrectionSettings:
 
     Args:
         form: one of FORMS.
+        factor: what form `fold` multiplies a channel by. "spread", ACIQ's, gives the weights their standard
+            deviation back; "projection" makes the error of the weights orthogonal to them, so that it
+            neither shrinks nor stretches what the channel answers to.
 
     Raises:
-        ValueError: if there is no such form.
+        ValueError: if there is no such form or factor, or the form has another factor.
     """
 
     form: str = "fold"
+    factor: str = SPREAD
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, found {self.form!r}")
+        if self.factor not in FACTORS:
+            raise ValueError(f"factor must be one of {', '.join(FACTORS)}, found {self.factor!r}")
+        if self.form != "fold" and self.factor != SPREAD:
+            raise ValueError(f"form {self.form} has the factor {SPREAD}, found {self.factor}")
 
 
-def moment_factors(weight: Tensor, weight_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and xi of each output channel, so that xi * (weight_hat + mu) has weight's spread.
+def moment_factors(weight: Tensor, weight_hat: Tensor, factor: str = SPREAD) -> tuple[Tensor, Tensor]:
+    """mu and xi of each output channel, so that xi * (weight_hat + mu) has weight's mean, and its spread.
 
     Args:
         weight: (C, ...), float.
         weight_hat: the values that its integers stand for.
+        factor: as WeightCorrectionSettings has it.
 
     Returns:
-        mu = E[W] - E[W_hat] and xi = ||W - E[W]|| / ||W_hat - E[W_hat]||, (C,), float64; xi is 1 where all
+        mu = E[W] - E[W_hat] and, with w = W - E[W] and w_hat likewise, xi = ||w|| / ||w_hat|| for the spread
+        or <w, w> / <w, w_hat> for the projection, (C,), float64; xi is 1 where all
         weights of a channel became the same.
 
     Example:
@@ -80,10 +92,13 @@ def moment_factors(weight: Tensor, weight_hat: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, rows_hat = weight.double().flatten(1), weight_hat.double().flatten(1)
     mean, mean_hat = rows.mean(1), rows_hat.mean(1)
-    spread = (rows - mean[:, None]).norm(dim=1)
-    spread_hat = (rows_hat - mean_hat[:, None]).norm(dim=1)
-    some = spread_hat > 0
-    xi = torch.where(some & (spread > 0), spread / torch.where(some, spread_hat, 1.0), 1.0)
+    centered, centered_hat = rows - mean[:, None], rows_hat - mean_hat[:, None]
+    if factor == PROJECTION:
+        size, size_hat = centered.square().sum(1), (centered * centered_hat).sum(1)
+    else:
+        size, size_hat = centered.norm(dim=1), centered_hat.norm(dim=1)
+    some = size_hat > 0
+    xi = torch.where(some & (size > 0), size / torch.where(some, size_hat, 1.0), 1.0)
     return mean - mean_hat, xi
 
 
@@ -145,7 +160,9 @@ def correct_weights(
         if moment.name not in layers:
             continue
         found = (
-            _folded(lockstep, moment) if settings.form == "fold" else _rounded_again(lockstep, moment.name)
+            _folded(lockstep, moment, settings.factor)
+            if settings.form == "fold"
+            else _rounded_again(lockstep, moment.name)
         )
         if isinstance(found, str):
             left[moment.name] = found
@@ -166,13 +183,13 @@ def _rounded_again(lockstep: Lockstep, name: str) -> LayerChange | str:
     return LayerChange(name, relative_change(*values), f"{share:.1f} % of the integers are others")
 
 
-def _folded(lockstep: Lockstep, moment: Moment) -> LayerChange | str:
+def _folded(lockstep: Lockstep, moment: Moment, factor: str) -> LayerChange | str:
     """Form `fold` for one layer; what was done, or why nothing was."""
     name = moment.name
     grid, weight_q = _integers(lockstep, name)
     module = lockstep.folded.traced.get_submodule(name)
     weight = output_channels_first(module)
-    mu, xi = moment_factors(weight, weight_values(grid, weight_q))
+    mu, xi = moment_factors(weight, weight_values(grid, weight_q), factor)
     per_channel = grid.spec.axis is not None
     if not per_channel:
         xi = torch.ones_like(xi)

@@ -19,7 +19,7 @@ from qtool.numerics.spec import (
 # What `auto` takes, by the measurements in benchmarks/estimators.md: the smallest squared error, which has
 # the best logits at 8 bits too, and does not hang on the few largest values of a sample as percentiles
 # near 100 do. Weights of 8 bits and more keep their extremes.
-AUTO, AUTO_MODE = "auto", "mse"
+AUTO, AUTO_MODE, AUTO_OF_WEIGHTS = "auto", "mse", "l4"
 FEW_BITS = 7
 
 
@@ -117,7 +117,7 @@ def clip_of_weights(settings: QuantizeConfig) -> ClipSpec | None:
         return clip_of_activations(settings)
     mode, percentile = settings.clip_weights, settings.clip_percentile_weights
     if mode == AUTO:
-        mode = AUTO_MODE if 0 < settings.bits_weights <= FEW_BITS else "none"
+        mode = AUTO_OF_WEIGHTS if 0 < settings.bits_weights <= FEW_BITS else "none"
     if mode == "none":
         return None
     return ClipSpec(mode, percentile=DEFAULT_PERCENTILE if percentile is None else percentile)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qtool.config.sections import Config
-from qtool.config.sections.evaluation import AUTO, INT8, SIMULATE
+from qtool.config.sections.evaluation import AUTO, INT8, ONNXRUNTIME, SIMULATE
 from qtool.errors import ConfigError
 
 
@@ -19,6 +19,8 @@ def check_evaluation(config: Config) -> None:
             f"--engine {engine}: --qe-convert-pytorch evaluates int8 kernels beside the simulation; leave "
             "one of the two out"
         )
+    if config.evaluation.arithmetic == ONNXRUNTIME:
+        _check_onnxruntime(config)
     if config.evaluation.verify is not None and engine == SIMULATE and not converts:
         raise ConfigError(
             "--verify: compares int8 kernels with the simulation, and only the simulation is asked for; add "
@@ -40,4 +42,22 @@ def check_evaluation(config: Config) -> None:
         raise ConfigError(
             f"--engine int8: torch's int8 kernels run on the CPU, not on {config.run.chosen_device}; use "
             "--device cpu"
+        )
+
+
+def _check_onnxruntime(config: Config) -> None:
+    others = {
+        f"--engine {config.evaluation.engine}": config.evaluation.engine != SIMULATE,
+        "--qe-convert-pytorch": config.conversion.convert_pytorch,
+    }
+    for flag, given in others.items():
+        if given:
+            raise ConfigError(
+                f"--arithmetic {ONNXRUNTIME}: is of the simulation, and {flag} runs torch's kernels; "
+                "leave one of the two out"
+            )
+    if config.quantizers.dynamic:
+        raise ConfigError(
+            f"--arithmetic {ONNXRUNTIME}: is that of grids known beforehand, and --qe-dynamic finds "
+            "them batch by batch; leave one of the two out"
         )

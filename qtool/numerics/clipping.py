@@ -22,6 +22,7 @@ from qtool.numerics.spec import (
     IMAGE_MODES,
     LIVE_CLIP_MODES,
     MOMENT_MODES,
+    WEIGHT_CLIP_MODES,
     ClipSpec,
     QuantSpec,
 )
@@ -183,7 +184,7 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
     Args:
         x: any shape; with spec.axis, one range for each index of that axis.
         spec: the grid.
-        clip: one of LIVE_CLIP_MODES; per channel only `none`, `mse` and `percentile` are possible.
+        clip: one of LIVE_CLIP_MODES; or of WEIGHT_CLIP_MODES, and per channel only these.
 
     Returns:
         x_min and x_max of shape () or (C,); in x's dtype, unless clipped per tensor.
@@ -194,7 +195,7 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
     mode = "none" if clip is None else clip.mode
     if x.numel() == 0:
         raise ValueError("the range of an empty tensor is not defined")
-    if mode not in LIVE_CLIP_MODES:
+    if mode not in (*LIVE_CLIP_MODES, *WEIGHT_CLIP_MODES):
         raise ValueError(
             f"clip mode {mode} is of calibrated tensors; choose one of {', '.join(LIVE_CLIP_MODES)}"
         )
@@ -207,6 +208,9 @@ def range_of_tensor(x: Tensor, spec: QuantSpec, clip: ClipSpec | None = None) ->
         return ROW_ESTIMATORS[mode](rows, spec, clip)
     if clip is None or mode == "none":
         return x.min(), x.max()
+    if mode == "l4":
+        low, high = ROW_ESTIMATORS[mode](x.reshape(1, -1), spec, clip)
+        return low[0], high[0]
     num_rows = x.shape[0] if mode == "avg" and x.dim() else 1
     return choose_range(LiveStats(x, num_rows), spec, clip)
 

@@ -22,7 +22,7 @@ CLIP_MODES = (*MOMENT_MODES, *HISTOGRAM_MODES, *IMAGE_MODES)
 # Those that a live tensor, such as a weight or a batch in dynamic mode, can be clipped by.
 LIVE_CLIP_MODES = (*MOMENT_MODES, "percentile", "quantile", "mse")
 # Those that weights have of their own; none is by their smallest and largest value.
-WEIGHT_CLIP_MODES = ("none", "mse", "percentile")
+WEIGHT_CLIP_MODES = ("none", "mse", "l4", "percentile")
 # The setting of a ClipSpec that a mode reads.
 SETTING_OF_MODE = {
     "n_std": "n_stds",

@@ -13,11 +13,13 @@ import yaml
 from torch import Tensor
 
 from qtool.config import Config
+from qtool.config.sections.evaluation import ONNXRUNTIME
 from qtool.data.loader import make_loader
 from qtool.deploy.compiled import compiled
 from qtool.deploy.engine import AUTO, INT8, SIMULATE, Engine, choose_engine
 from qtool.deploy.native import INT8 as ON_KERNEL
 from qtool.deploy.native import NativeModel
+from qtool.deploy.onnx.simulation import simulation
 from qtool.deploy.parity import parity, parity_text
 from qtool.errors import ConfigError
 from qtool.pipeline.conversion import NATIVE_LAYERS_FILE, layers_text, native_layers
@@ -40,8 +42,13 @@ def check_engine(config: Config, subject: Subject) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    asked = config.evaluation.engine
-    flag = f"--engine {asked}" if asked != SIMULATE else "--compile" if config.evaluation.compile else ""
+    asked = config.evaluation
+    given = {
+        f"--engine {asked.engine}": asked.engine != SIMULATE,
+        f"--arithmetic {asked.arithmetic}": asked.arithmetic == ONNXRUNTIME,
+        "--compile": asked.compile,
+    }
+    flag = next((flag for flag, is_given in given.items() if is_given), "")
     if flag and subject.form != "quantized":
         raise ConfigError(
             f"{flag}: {subject.weights} is {subject.form}; 'qtool evaluate' takes a quantized "
@@ -56,6 +63,9 @@ def open_engine(config: Config, model: QuantizedModel, evaluation: Images) -> En
         ConfigError: if it cannot be had.
     """
     asked = config.evaluation.engine
+    if config.evaluation.arithmetic == ONNXRUNTIME:
+        engine = Engine(SIMULATE, simulation(model), "in onnxruntime's arithmetic")
+        return _said(_compiled(config, engine, evaluation))
     if asked == SIMULATE:
         return _compiled(config, Engine(SIMULATE, model), evaluation)
     if asked == AUTO and config.run.chosen_device != "cpu":
@@ -109,6 +119,8 @@ def engine_text(engine: Engine) -> str:
 def engine_record(config: Config, engine: Engine) -> dict[str, Any]:
     """The same for results.json."""
     record: dict[str, Any] = {"asked": config.evaluation.engine, "taken": engine.name}
+    arithmetic = config.evaluation.arithmetic
+    record |= {"arithmetic": arithmetic} if arithmetic == ONNXRUNTIME else {}
     record |= {"compiled": engine.compiled} if config.evaluation.compile else {}
     record |= {"why": engine.why} if engine.why else {}
     if engine.name == INT8 and engine.native is not None:

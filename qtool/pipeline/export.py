@@ -19,6 +19,7 @@ from qtool.deploy.onnx.extra import load_extra
 from qtool.deploy.onnx.files import to_bytes
 from qtool.deploy.onnx.parity import differences_text, onnx_parity
 from qtool.deploy.onnx.session import OnnxNetwork
+from qtool.deploy.onnx.simulation import simulation
 from qtool.deploy.pt2e import files as program_files
 from qtool.deploy.pt2e import reference, to_program
 from qtool.deploy.pt2e.lowered import int8_operations, load_lowering, lowered
@@ -65,6 +66,8 @@ class Export:
         differences: layer by layer, given a batch: in words, and for results.json.
         name: of its results.
         runner: what runs it, in words.
+        simulated: what it is compared with; None is the network as it was opened.
+        words: on that, or "".
     """
 
     content: bytes
@@ -73,6 +76,8 @@ class Export:
     differences: Callable[[torch.Tensor], tuple[str, dict[str, Any]]] | None = None
     name: str = "onnx"
     runner: str = "onnxruntime"
+    simulated: nn.Module | None = None
+    words: str = ""
 
 
 def export(config: Config) -> Outcome:
@@ -169,15 +174,18 @@ def _quantized(config: Config, subject: Subject) -> Export:
     written = qdq_model(model, subject.input_shape, config.export.opset)
     proto = to_model(written, subject.arch)
 
+    simulated = simulation(model)
+
     def differences(x: torch.Tensor) -> tuple[str, dict[str, Any]]:
-        layers = onnx_parity(model, written, proto, x)
+        layers = onnx_parity(simulated, written, proto, x)
         found = {name: asdict(layer) for name, layer in layers.items()}
         return f"{differences_text(layers)}, on {len(x)} images", {"layers": found}
 
     bare = proto.SerializeToString()
     info = {"opset": config.export.opset, "layers": _layers(model)}
     content = to_bytes(proto, {"model": model_info(subject, subject.num_outputs()), **info})
-    return Export(content, _runnable(config, bare), info, differences)
+    words = "qtool's simulation in onnxruntime's arithmetic, as --arithmetic onnxruntime evaluates it"
+    return Export(content, _runnable(config, bare), info, differences, simulated=simulated, words=words)
 
 
 def _layers(model: QuantizedModel) -> dict[str, dict[str, Any]]:
@@ -252,11 +260,12 @@ def _compared(config: Config, subject: Subject, made: Export, images: Images) ->
     assert made.network is not None
     ours, theirs = subject.form, made.name
     results = {
-        ours: evaluate_images(config, subject.network, images, f"evaluating {ours}"),
+        ours: evaluate_images(config, made.simulated or subject.network, images, f"evaluating {ours}"),
         theirs: evaluate_images(config, made.network, images, f"evaluating {theirs}"),
     }
     comparison = compare(results[ours], results[theirs])
-    lines = [f"qtool and {made.runner} on {images.words}", table(results, comparison)]
+    head = f"qtool and {made.runner} on {images.words}"
+    lines = [*filter(None, [head, made.words]), table(results, comparison)]
     record: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
     record |= comparison.as_dict()
     if made.differences is not None:

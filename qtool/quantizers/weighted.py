@@ -62,6 +62,7 @@ class QuantWeighted(nn.Module):
         channels_first = not isinstance(layer, TRANSPOSED)
         sums = largest_sum(weight, bias, largest_input) if channels_first else math.inf
         self.saturates = sums >= 2.0 ** (accum_bits - 1)
+        self.bias_in_sums = False  # added to the accumulator, and not to what it stands for
         self.exact = sums <= EXACT_SUMS[accum_dtype]
         if isinstance(layer, nn.Conv2d):
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -88,7 +89,8 @@ class QuantWeighted(nn.Module):
         return sums if self.exact and adds_up_products(x.device) else sums.round_()
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = (self.accumulate(x),) if self.saturates else (self._sums(x), self.shift)
+        in_sums = self.saturates or self.bias_in_sums
+        whole = (self.accumulate(x),) if in_sums else (self._sums(x), self.shift)
         result: Tensor = self.requantize(*whole)
         return result.float()
 

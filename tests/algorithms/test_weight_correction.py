@@ -8,6 +8,7 @@ from torch import nn
 
 from qtool.algorithms.bias_correction import effective_weight
 from qtool.algorithms.weight_correction import (
+    PROJECTION,
     WeightCorrectionSettings,
     correct_weights,
     moment_factors,
@@ -39,6 +40,52 @@ def test_factors_of_weights_worked_by_hand():
     assert mu.tolist() == [0.0, 1.0, pytest.approx(0.0, abs=1e-9)]
     # ||(-2, 0, 2)|| / ||(-1, -1, 2)|| = sqrt(8 / 6); channels without a spread keep their scale
     assert xi.tolist() == [pytest.approx((8 / 6) ** 0.5), 1.0, 1.0]
+
+
+def test_the_projection_worked_by_hand():
+    weight = torch.tensor([[1.0, 3.0, 5.0], [1.0, 1.0, 1.0], [-1.0, 1.0, 0.0]])
+    weight_hat = torch.tensor([[2.0, 2.0, 5.0], [0.0, 0.0, 0.0], [1.0, -1.0, 0.0]])
+    mu, xi = moment_factors(weight, weight_hat, PROJECTION)
+    assert mu.tolist() == [0.0, 1.0, 0.0]
+    # <(-2, 0, 2), (-2, 0, 2)> / <(-2, 0, 2), (-1, -1, 2)> = 8 / 6; what points the other way keeps its scale
+    assert xi.tolist() == [pytest.approx(8 / 6), 1.0, 1.0]
+
+
+def test_the_error_that_the_projection_leaves_is_orthogonal_to_the_weights():
+    weight = _weights()
+    weight_hat = dequantize(quantize(weight, _on_grid(weight)), _on_grid(weight))
+    mu, xi = moment_factors(weight, weight_hat, PROJECTION)
+    moved = xi[:, None] * (weight_hat.double().flatten(1) + mu[:, None])
+    centered = weight.double().flatten(1)
+    centered = centered - centered.mean(1, keepdim=True)
+    error = moved - moved.mean(1, keepdim=True) - centered
+    assert ((error * centered).sum(1).abs() < 1e-9).all() and (error.norm(dim=1) > 0.01).all()
+
+
+def test_the_factor_is_that_of_the_settings(planned, tiny_net, tiny_batches):
+    case = planned(tiny_net, tiny_batches, bits_weights=3, per_channel_weights=True)
+    settings = WeightCorrectionSettings(factor=PROJECTION)
+    _, plan, _ = correct_weights(*case.given, layers=["fc"], settings=settings)
+    _, xi = moment_factors(
+        case.reference.fc.weight, weight_values(*_grid_and_integers(case.plan, "fc")), PROJECTION
+    )
+    ratio = plan.layers["fc"].weight.scale.double() / case.plan.layers["fc"].weight.scale.double()
+    assert torch.allclose(ratio, xi, rtol=1e-6) and (xi - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factor": "mean"}, "factor must be one of spread, projection, found 'mean'"),
+        (
+            {"form": "requantize", "factor": PROJECTION},
+            "form requantize has the factor spread, found projection",
+        ),
+    ],
+)
+def test_factors_that_are_not_there_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        WeightCorrectionSettings(**settings)
 
 
 def test_the_factor_gives_the_spread_back():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from qtool.numerics.affine import dequantize, qparams_from_range, quantize
 from qtool.numerics.clipping import FIELDS, aciq_alpha, choose_range, range_of_tensor
 from qtool.numerics.histogram import Histogram
 from qtool.numerics.spec import (
@@ -227,7 +228,7 @@ def test_modes_that_need_calibration_are_refused_for_a_live_tensor(images, mode)
         range_of_tensor(images, QuantSpec(), ClipSpec(mode))
 
 
-@pytest.mark.parametrize("mode", ["mse", "percentile"])
+@pytest.mark.parametrize("mode", ["mse", "l4", "percentile"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_channels_are_clipped_each_by_itself(mode, axis):
     weight = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
@@ -238,7 +239,40 @@ def test_channels_are_clipped_each_by_itself(mode, axis):
     low, high = range_of_tensor(x, QuantSpec(num_bits=4, axis=axis), ClipSpec(mode, percentile=99.0))
     largest = weight.abs().amax(1)
     assert high.shape == (3,) and (high < largest).all() and (high == -low).all()
-    assert high[0] < 5 and 10 < high[1] < 40 and 0.1 < high[2] < 0.4
+    assert high[0] < (11 if mode == "l4" else 5) and 10 < high[1] < 40 and 0.1 < high[2] < 0.4
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+def test_l4_is_the_best_of_all_ranges_by_fourth_powers(symmetric, size):
+    rows = torch.randn(4, 500, generator=torch.Generator().manual_seed(2)).double() ** 3 * size
+    spec = QuantSpec(num_bits=4, symmetric=symmetric, axis=0)
+
+    def loss(low, high):
+        grid = qparams_from_range(low.float(), high.float(), spec)
+        error = dequantize(quantize(rows.float(), grid), grid).double() - rows
+        return ((error / size) ** 4).sum(1)
+
+    found = loss(*range_of_tensor(rows.float(), spec, ClipSpec("l4")))
+    ends = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    steps = torch.arange(0.05, 1.001, 0.025).tolist()
+    others = [(a, b) for a in steps for b in steps] if not symmetric else [(a, a) for a in steps]
+    best = torch.stack([loss(ends[0] * a, ends[1] * b) for a, b in others]).amin(0)
+    assert (found <= 1.1 * best).all()
+    squares = range_of_tensor(rows.float(), spec, ClipSpec("mse"))
+    assert (found <= loss(*squares)).all() and (found < loss(*squares)).any()
+
+
+def test_l4_of_a_whole_weight_is_that_of_one_channel():
+    x = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    one = range_of_tensor(x.reshape(1, -1), QuantSpec(num_bits=4, axis=0), ClipSpec("l4"))
+    whole = range_of_tensor(x, QuantSpec(num_bits=4), ClipSpec("l4"))
+    assert [float(v) for v in whole] == [float(v) for v in one]
+
+
+def test_l4_of_zeros_is_nothing():
+    found = range_of_tensor(torch.zeros(2, 5), QuantSpec(num_bits=4, axis=0), ClipSpec("l4"))
+    assert [v.tolist() for v in found] == [[0, 0], [0, 0]]
 
 
 # What is missing or senseless

@@ -10,6 +10,7 @@ from qtool.config.options import option
 
 SIMULATE, INT8, AUTO = "simulate", "int8", "auto"
 ENGINES = (SIMULATE, INT8, AUTO)
+TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class EvaluationConfig:
         "What computes the quantized network: the simulation, torch's int8 kernels on the same integers, or "
         "those where they do most of the work within the tolerance (auto).",
         "--engine",
+    )
+    arithmetic: str = option(
+        TORCH,
+        click.Choice((TORCH, ONNXRUNTIME)),
+        "Whose integer kernels the simulation equals to the last bit; they round differently next to a tie. "
+        "What 'qtool export' writes as ONNX gives what onnxruntime here says.",
+        "--arithmetic",
     )
     compile: bool = option(
         False,

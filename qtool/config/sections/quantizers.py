@@ -102,7 +102,7 @@ class QuantizeConfig:
     clip_weights: str = option(
         "none",
         click.Choice((*WEIGHT_CLIP_MODES, "auto")),
-        "How the range of weights is chosen; auto is mse below 8 bits, else none.",
+        "How the range of weights is chosen; auto is l4 below 8 bits, else none.",
         "--qe-clip-wts",
     )
     clip_percentile_weights: float | None = option(

@@ -7,10 +7,12 @@ integers up to rounding at ties; that layer then runs as in the simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 
 from qtool.deploy.native.containers import LARGEST, Container
@@ -43,6 +45,8 @@ from qtool.quantizers.weighted import QuantWeighted
 ENDS_CHANNELS = frozenset({"conv", "linear"})
 # Share of the pairs of integers whose sum lies so near to a tie that float32 may take it for another side.
 FEW_TIES = 16 / 2**16
+# How many units of float32's last place the ratios of a sum are moved by at most, to have none of these.
+NUDGES = 3
 EXACT_SCALES = "int8 kernels multiply by the exact ratio of scales; leave out --qe-scale-approx-bits"
 
 
@@ -180,6 +184,10 @@ def lower_add(site: Site) -> nn.Module:
     if _is_approximated(module.ratios, [x.scale / site.output.scale for x in site.inputs]):
         return in_float
     if once:
+        for ratios in _nudged(module.ratios):
+            native = Add(ratios, (None, None), site.output)
+            if same_pairs(module, native, site.inputs, site.output):
+                return native
         native = Add(module.ratios, (None, None), site.output)
         return native if same_pairs(module, native, site.inputs, site.output, FEW_TIES) else in_float
     for index in (0, 1):
@@ -191,6 +199,19 @@ def lower_add(site: Site) -> nn.Module:
             if same_pairs(module, native, site.inputs, site.output):
                 return native
     return in_float
+
+
+def _nudged(ratios: Sequence[float]) -> Iterator[list[float]]:
+    """Ratios, and those next to them in float32, the nearest first.
+
+    A few of all pairs of integers lie so near to a tie that the order of a kernel's operations decides. Which
+    ones, the last bits of the ratios do.
+    """
+    steps = sorted(
+        product(range(-NUDGES, NUDGES + 1), repeat=len(ratios)), key=lambda step: np.abs(step).sum()
+    )
+    for step in steps:
+        yield [float(r + k * np.spacing(np.float32(r))) for r, k in zip(ratios, step, strict=True)]
 
 
 def _is_approximated(ratios: Sequence[float], exact: Sequence[float]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from qtool.algorithms.weight_correction import PROJECTION
 from qtool.config import CorrectionConfig, QuantizeConfig
 from qtool.config.clipping import AUTO
 from qtool.graph.neighbours import following_op
@@ -24,6 +25,7 @@ OF_PRESET = {
 # With few bits of activations, learning whole blocks is worth its time; at more it was not (docs/methods.md).
 FEW_BITS = 5
 LEARNED = ("gptq", "reconstruction")
+SETTINGS = {"weight_correction": {"factor": PROJECTION}}
 SUMS = {
     "sum": "sums are rounded once",
     "fused": "sums are rounded once, and the convolution in front of one is not rounded before",
@@ -31,7 +33,7 @@ SUMS = {
 }
 WORDS = {
     "fast_bias_correction": "fast bias correction: the mean error of the weights",
-    "weight_correction": "weight correction: the mean and spread of each channel's weights",
+    "weight_correction": "weight correction: means of channels, and errors orthogonal to the weights",
     "bias_correction": "bias correction, layer after layer: the mean error where values are read",
     "gptq": "GPTQ: the integers of weights by the error of each layer's output",
     "reconstruction": "reconstruction: rounding, biases and scales of activations, learned block by block",
@@ -110,7 +112,7 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     else:
         few = (traits.activation_bits or 32) <= FEW_BITS
         for name in LEARNED if preset == BEST and few else OF_PRESET[preset]:
-            methods.append(_method(name))
+            methods.append(_method(name, **SETTINGS.get(name, {})))
             words.append(WORDS[name])
     return Choice(quantizers, tuple(methods), tuple(words))
 
@@ -121,7 +123,7 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
         quantizers = replace(quantizers, clip_weights=AUTO)
     if quantizers.clip_activations == "none":
         quantizers = replace(quantizers, clip_activations=AUTO)
-        words.append("ranges by mse; those of weights with 8 bits or more by their extremes")
+        words.append("ranges by mse; those of weights by l4, with 8 bits or more by their extremes")
     return quantizers
 
 

@@ -106,6 +106,7 @@ def inputs_of(opened: Opened) -> dict[str, Any]:
         "ranking images": config.tuning.ranking_images,
         "trial engine": config.tuning.trial_engine,
         "engine": config.evaluation.engine,
+        "arithmetic": config.evaluation.arithmetic,
         "latency": config.tuning.objective == "latency",
         "device": config.run.chosen_device,
         "seed": config.run.seed,

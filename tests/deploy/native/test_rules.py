@@ -178,6 +178,15 @@ def test_a_sum_that_is_rounded_once_runs_on_an_int8_kernel(bits, sizes, relu):
     assert_same(expected, found)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_sum_that_is_rounded_once_gives_every_integer_of_the_simulation(seed):
+    a, b = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+    settings = {"mode": "asym_u", "add_rounding": "sum"}
+    expected, found, native = converted(Residual(0.3 + a, 0.3 + b), IMAGES, **settings)
+    assert isinstance(native.network.get_submodule("add"), Add)
+    assert all(torch.equal(values, found[name]) for name, values in expected.items())
+
+
 def test_a_sum_that_is_rounded_once_by_other_ratios_is_added_in_float():
     settings = {
         "mode": "asym_u",
