@@ -7,8 +7,8 @@ Each network is quantized on 256 images of imagenet-sample (asym_u, weights sym 
 evaluated on the first images of imagenet-nips2017: by qtool's simulation, for ONNX with --arithmetic
 onnxruntime, and as ONNX by onnxruntime or as a torch.export program, which torch computes in float and rounds
 where its quantizers stand. `ulp` is the simulation against itself with the results of every softmax larger by
-one unit in the last place of float32, which shows what a network makes of such differences. vit_b_16 has random
-weights, so its top-1 says nothing; it is calibrated on 16 images. Its residual stream stays in float
+one unit in the last place of float32, which shows what a network makes of such differences. vit_b_16 has
+random weights, so its top-1 says nothing; it is calibrated on 16 images. Its residual stream stays in float
 (--qe-add-rounding none, --qe-float-output) and its ranges are those of --qe-clip-acts mse, as sums that are
 rounded in all blocks turn differences of one unit in the last place into others of the logits.
 Times are of one thread and batches of 32, in turns with onnxruntime's float network.
