@@ -6,7 +6,10 @@ import qtool
 from qtool.deploy.onnx import qdq_model, to_model
 from qtool.deploy.onnx.parity import onnx_parity
 from qtool.deploy.onnx.simulation import simulation
+from qtool.deploy.native.target import has_vnni
 from qtool.errors import ConfigError
+
+needs_vnni = pytest.mark.skipif(not has_vnni(), reason="without VNNI onnxruntime's kernels may saturate")
 
 
 class Residual(nn.Module):
@@ -48,6 +51,7 @@ def differences(model, written_of, images):
     }
 
 
+@needs_vnni
 @pytest.mark.parametrize("add_rounding", ["inputs", "sum"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_every_integer_is_that_of_onnxruntime(add_rounding, per_channel, net, images):
