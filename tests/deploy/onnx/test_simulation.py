@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 import qtool
+from qtool.deploy.native.target import has_vnni
 from qtool.deploy.onnx import qdq_model, to_model
 from qtool.deploy.onnx.parity import onnx_parity
 from qtool.deploy.onnx.simulation import simulation
-from qtool.deploy.native.target import has_vnni
 from qtool.errors import ConfigError
 
 needs_vnni = pytest.mark.skipif(not has_vnni(), reason="without VNNI onnxruntime's kernels may saturate")
