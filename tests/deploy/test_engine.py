@@ -5,7 +5,7 @@ from torch import nn
 import qtool
 from qtool.deploy import engine as engines
 from qtool.deploy.engine import AUTO, INT8, SIMULATE, choose_engine, evaluator
-from qtool.deploy.native import NativeModel
+from qtool.deploy.native import NativeModel, kernels
 from qtool.deploy.parity import Difference, parity
 from qtool.errors import ConfigError
 
@@ -135,3 +135,15 @@ def test_a_network_without_matrices_is_all_on_kernels():
     model = qtool.quantize(net, qtool.calibrate(net, [x]), qtool.QuantizeConfig(mode="asym_u"))
     chosen = choose_engine(model, AUTO)
     assert chosen.work == 1.0 and chosen.name == INT8
+
+
+def test_a_linear_layer_with_a_zero_point_is_not_put_on_the_kernel_without_a_fast_form_for_it(monkeypatch):
+    backends = []
+    made = kernels.engine
+    monkeypatch.setattr(kernels, "engine", lambda backend: backends.append(backend) or made(backend))
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    model = qtool.quantize(net, qtool.calibrate(net, [x]), qtool.QuantizeConfig(**SYMMETRIC))
+    target = choose_engine(model, INT8).native.target
+    # The image has a zero point, what a ReLU gives has none.
+    assert backends == [target.backend, "onednn" if target.as_simulated else target.backend]

@@ -80,7 +80,10 @@ def lower_weighted(site: Site) -> nn.Module:
     assert isinstance(module, QuantWeighted) and plan.weight is not None and plan.weight_q is not None
     weights = packed_weights(plan, module.requantize.ratio, site.inputs[0])
     symmetric = weights.symmetric
-    backend = "onednn" if site.target.as_simulated and symmetric else site.target.backend
+    # oneDNN has no fast linear layer for an input with a zero point.
+    is_slow = plan.op == "linear" and site.inputs[0].zero_point != 0
+    as_simulated = site.target.as_simulated and symmetric and not is_slow
+    backend = "onednn" if as_simulated else site.target.backend
     if backend == "onednn" and not symmetric:
         raise NotNative("onednn takes symmetric weights only; --qe-mode-wts sym, or --qe-pytorch-backend x86")
     count, total = weights.saturating, len(weights.integers)
