@@ -258,7 +258,7 @@ def test_on_real_images_training_brings_back_what_four_bits_have_cost(run_cli, c
     cifar = shared_data / "cifar10"
     words = ("-a", "resnet20", "--checkpoint", cifar / "resnet20.pth", cifar / "test-1017.npz")
     words += ("--train-data", cifar / "train-5085.npz", "--first-last-bits", "8")
-    words += ("--qe-clip-acts", "auto", "--qe-clip-wts", "auto", "--steps", "30", "-b", "32")
+    words += ("--qe-clip-acts", "auto", "--qe-clip-wts", "mse", "--steps", "30", "-b", "32")
     words += ("--effective-test-size", "0.3", "--held-out", "0.02", "--workers", "0", *FOUR_BITS)
     result = run_cli("finetune", *words)
     assert result.exit_code == 0, result.output
