@@ -139,8 +139,12 @@ class ToGrid(nn.Module):
         self.container = container
 
     def forward(self, x: Tensor) -> Tensor:
-        c = self.container
-        return within(torch.quantize_per_tensor(x / c.scale, 1.0, c.zero_point, torch.quint8), c)
+        return rounded(x / self.container.scale, self.container)
+
+
+def rounded(steps: Tensor, container: Container) -> Tensor:
+    """Values in steps of a container's grid as a quantized tensor whose scale is 1."""
+    return within(torch.quantize_per_tensor(steps, 1.0, container.zero_point, torch.quint8), container)
 
 
 def make_quantized(integers: Tensor, container: Container) -> Tensor:

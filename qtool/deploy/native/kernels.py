@@ -18,6 +18,7 @@ from qtool.deploy.native.containers import (
     Container,
     labelled,
     make_quantized,
+    rounded,
     stored,
     within,
     within_channels,
@@ -313,7 +314,4 @@ class Mean(nn.Module):
         self.ratio, self.output = ratio, output
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        steps = self.operation(x.dequantize(), *args, **kwargs) * self.ratio
-        return within(
-            torch.quantize_per_tensor(steps, 1.0, self.output.zero_point, torch.quint8), self.output
-        )
+        return rounded(self.operation(x.dequantize(), *args, **kwargs) * self.ratio, self.output)
