@@ -25,6 +25,7 @@ from torch import fx
 
 import qtool
 from qtool.config import CorrectionsConfig, QuantizeConfig
+from qtool.graph.trace import layers
 from qtool.numerics.metrics import paired_standard_error, sqnr_db
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.corrections import decide, quantize_corrected
@@ -42,6 +43,13 @@ METHODS = (
     "reconstruction",
 )
 SCHEMES = ((8, 8), (6, 6), (4, 8), (4, 4))
+SUMS_AND_IMAGE = "none, image"
+IN_FLOAT = {
+    "": "",
+    "none": ", sums in float",
+    SUMS_AND_IMAGE: ", sums in float, image on 16 bits",
+    "sum": ", summands rounded",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Row:
         preset: of qtool, or "" with a method.
         method: a correction alone, or "".
         per_tensor: whether weights have one grid for all channels.
-        sums: how additions round, as --qe-add-rounding; "" for what the preset chooses.
+        sums: how additions round, as --qe-add-rounding; "" for what the preset chooses; SUMS_AND_IMAGE:
+            not at all, and the image has 16 bits.
     """
 
     network: str
@@ -96,7 +105,12 @@ def rows() -> list[Row]:
         for w, a in schemes:
             found += [Row(name, "peers", w, a, None, preset) for preset in ("accurate", "best")]
             if (w, a) == (8, 8):
-                found += [Row(name, "peers", 8, 8, None, p, sums="none") for p in ("accurate", "best")]
+                in_float = ("none", SUMS_AND_IMAGE) if name == "resnet20" else ("none",)
+                found += [
+                    Row(name, "peers", 8, 8, None, preset, sums=sums)
+                    for sums in in_float
+                    for preset in ("accurate", "best")
+                ]
                 found.append(Row(name, "peers", 8, 8, None, "best", sums="sum"))
     return found
 
@@ -105,6 +119,8 @@ def measure(row: Row) -> dict[str, Any]:
     """The numbers of a row."""
     subject = load(row.network, row.split)
     expected = subject.logits(subject.traced)
+    image = row.sums == SUMS_AND_IMAGE
+    first = next(name for name, node, _ in layers(subject.traced) if node.meta["op"] == "conv")
     quantizers = QuantizeConfig(
         mode_activations="asym_u",
         mode_weights="sym",
@@ -112,7 +128,8 @@ def measure(row: Row) -> dict[str, Any]:
         bits_weights=row.weights,
         bits_activations=row.activations,
         first_last_bits=row.ends,
-        add_rounding=row.sums or QuantizeConfig.add_rounding,
+        add_rounding="none" if image else row.sums or QuantizeConfig.add_rounding,
+        overrides={first: {"input_overrides": {0: {"bits_activations": 16}}}} if image else {},
     )
     asked = CorrectionsConfig(
         preset=row.preset or None, methods=(row.method,) if row.method else (), images=10**6
@@ -157,7 +174,7 @@ def tables(found: dict[str, dict[str, Any]]) -> list[str]:
             lines.append("|---" * 8 + "|")
         name = row.preset or row.method
         name += ", weights per tensor" if row.per_tensor else ""
-        name += {"": "", "none": ", sums in float", "sum": ", summands rounded"}[row.sums]
+        name += IN_FLOAT[row.sums]
         change = values["top1"] - values["float_top1"]
         lines.append(
             f"| W{row.weights}A{row.activations} | {row.ends or 'as all'} | {name} | {values['top1']:.2f} "
