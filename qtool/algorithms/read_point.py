@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qtool.graph import ops
 from qtool.graph.capped import PLAIN_LIMIT, limit_of
-from qtool.graph.neighbours import readers
+from qtool.graph.neighbours import readers, source_of
 from qtool.graph.trace import tensor_inputs
 from qtool.quantizers.lockstep import Lockstep
 from qtool.quantizers.plan import WEIGHTED
@@ -77,17 +76,10 @@ def _other_operand(add: fx.Node, node: fx.Node) -> tuple[int, fx.Node] | None:
     operands = tensor_inputs(add)
     if add.kwargs or len(operands) != 2 or len(add.args) != 2:
         return None
-    others = [(i, source) for i, source in enumerate(operands) if _handed_on(source) is not node]
+    others = [(i, source) for i, source in enumerate(operands) if source_of(source) is not node]
     if len(others) != 1 or others[0][1].meta["value"].shape != node.meta["value"].shape:
         return None
     return others[0]
-
-
-def _handed_on(node: fx.Node) -> fx.Node:
-    """The node whose value a node hands on as it is, through dropout and the like."""
-    while node.meta["op"] in ops.KEEPS_GRID and tensor_inputs(node):
-        node = tensor_inputs(node)[0]
-    return node
 
 
 def _is_ready(lockstep: Lockstep, node: fx.Node) -> bool:

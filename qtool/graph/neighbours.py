@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qtool.graph import ops
 from qtool.graph.capped import limit_of
-from qtool.graph.trace import layers
+from qtool.graph.trace import layers, tensor_inputs
 from qtool.observers.stats import ActivationStats, LayerStats, ModelStats
 
 # What stays distinguishable behind the operation: the interval of its input that matters.
@@ -42,6 +42,18 @@ def readers(node: fx.Node) -> list[fx.Node]:
         else:
             found.append(user)
     return found
+
+
+def source_of(node: fx.Node, through: frozenset[str] = ops.KEEPS_GRID) -> fx.Node:
+    """The node whose value a node hands on, seen through dropout and the like; the node itself for others.
+
+    Args:
+        node: where to start, in a network or a quantized one.
+        through: the operations that are seen through, where they are no layers.
+    """
+    while "layer" not in node.meta and node.meta.get("op") in through and tensor_inputs(node):
+        node = tensor_inputs(node)[0]
+    return node
 
 
 def reads_values(node: fx.Node) -> bool:

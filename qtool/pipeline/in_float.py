@@ -15,7 +15,7 @@ from torch import fx
 from qtool.graph import ops
 from qtool.graph.ends import SELECTS
 from qtool.graph.fold import fold_batch_norms
-from qtool.graph.neighbours import FUSIBLE, readers
+from qtool.graph.neighbours import FUSIBLE, readers, source_of
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec
 from qtool.quantizers.plan import WEIGHTED
@@ -65,7 +65,7 @@ def with_float_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
         if _leave(found, name, own):
             left.add(name)
     for name, node in nodes.items():
-        sources = [_origin(source, MOVED).meta.get("layer") for source in tensor_inputs(node)]
+        sources = [source_of(source, MOVED).meta.get("layer") for source in tensor_inputs(node)]
         if name in left or left.isdisjoint(sources):
             continue
         if node.meta["op"] in CHOOSES and _leave(found, name, own):
@@ -90,20 +90,13 @@ def with_fused_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
     for name, node, _ in layers(folded):
         if node.meta["op"] != "add" or not computes_only_tensors(node) or specs[name].output is None:
             continue
-        given = [(index, _origin(source, ops.KEEPS_GRID)) for index, source in enumerate(tensor_inputs(node))]
+        given = [(index, source_of(source)) for index, source in enumerate(tensor_inputs(node))]
         fit = [(place[giver], index, giver) for index, giver in given if _feeds_only(giver, node, specs)]
         if fit:
             _, index, giver = max(fit)
             if _leave(found, giver.meta["layer"], own):
                 found[name] = replace(found[name], carried=index)
     return found
-
-
-def _origin(node: fx.Node, through: frozenset[str]) -> fx.Node:
-    """Where a value comes from, seen through nodes of some operations that are no layers."""
-    while "layer" not in node.meta and node.meta["op"] in through and tensor_inputs(node):
-        node = tensor_inputs(node)[0]
-    return node
 
 
 def _feeds_only(giver: fx.Node, reader: fx.Node, specs: Specs) -> bool:

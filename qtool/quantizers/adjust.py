@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qtool.graph import ops
 from qtool.graph.fold import Folded
+from qtool.graph.neighbours import source_of
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import QParams
 from qtool.quantizers.grids import Dequantize
@@ -212,8 +212,5 @@ class Adjustable:
 
 def _origin(border: fx.Node) -> str | None:
     """The layer that a border to float reads, seen through dropout and the like; None for no layer."""
-    (node,) = border.all_input_nodes
-    while node.meta["op"] in ops.KEEPS_GRID:
-        node = tensor_inputs(node)[0]
-    name = node.meta.get("layer")
+    name = source_of(border.all_input_nodes[0]).meta.get("layer")
     return None if name is None else str(name)

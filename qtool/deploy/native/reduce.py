@@ -11,7 +11,7 @@ from qtool.deploy.native.containers import Container, clamp_of, container_for
 from qtool.deploy.native.rules import INTEGER_RULES
 from qtool.deploy.native.saturation import SAFE_BITS, saturating_channels
 from qtool.deploy.native.weights import kernel_integers
-from qtool.graph import ops
+from qtool.graph.neighbours import source_of
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import InputSpec, LayerSpec
 from qtool.quantizers.grids import Quantize
@@ -37,7 +37,7 @@ def reduce_ranges(
         plan = model.plan.layers[name]
         if not isinstance(module, QuantWeighted) or plan.op not in INTEGER_RULES or plan.weight is None:
             continue
-        source = _source(tensor_inputs(node)[0])
+        source = source_of(tensor_inputs(node)[0])
         container = _container(source, model)
         if container is None or plan.weight.spec.num_bits > 8:
             continue
@@ -51,12 +51,6 @@ def reduce_ranges(
             reduced[name] = _with_input_of(reduced[name], SAFE_BITS)
             words.append(f"the input of {name}")
     return reduced, list(dict.fromkeys(words))
-
-
-def _source(node: fx.Node) -> fx.Node:
-    while node.meta.get("op") in ops.KEEPS_GRID:
-        (node,) = tensor_inputs(node)[:1]
-    return node
 
 
 def _container(node: fx.Node, model: QuantizedModel) -> Container | None:

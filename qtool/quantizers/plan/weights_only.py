@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from qtool.graph import ops
-from qtool.graph.neighbours import FUSIBLE
+from qtool.graph.neighbours import FUSIBLE, source_of
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.quantizers.plan.kinds import WEIGHTED
 from qtool.quantizers.plan.records import (
@@ -68,7 +67,5 @@ def _is_taken_over(node: fx.Node, plans: Mapping[str, LayerPlan]) -> bool:
     if node.meta["op"] not in FUSIBLE:
         return False
     (source,) = tensor_inputs(node)
-    while "layer" not in source.meta and source.meta["op"] in ops.KEEPS_GRID and tensor_inputs(source):
-        source = tensor_inputs(source)[0]
-    name = source.meta.get("layer")
+    name = source_of(source).meta.get("layer")
     return name is not None and plans[name].activation == node.meta["op"]
