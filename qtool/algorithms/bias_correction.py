@@ -15,7 +15,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,12 +25,14 @@ from qtool.algorithms.read_point import ReadPoint, Sampler, operands, read_point
 from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
 from qtool.graph.control import is_steered
 from qtool.graph.fold import Folded, output_channels_first, restore_layout
+from qtool.graph.trace import float_tensors
 from qtool.numerics.affine import along_axis
 from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import HAS_INTEGERS, Lockstep, Moment, float_bias
 from qtool.quantizers.plan import WEIGHTED, LayerPlan, ModelPlan
 from qtool.quantizers.plan.derived import saturates, with_room
 from qtool.quantizers.plan.weights_only import weights_only
+from qtool.quantizers.prepare import build
 from qtool.quantizers.weighted import weighted_function
 
 FAST, SEQUENTIAL = "fast_bias_correction", "bias_correction"
@@ -68,6 +70,9 @@ class SequentialBiasSettings(FastBiasSettings):
             its weights only.
         at: where the means are to be equal: "activation", behind the ReLU and the residual sum that the
             layer's output goes into, where it is read, or "output", in front of them.
+        only_if_better: whether all biases stay as they were where the network's outputs for these images
+            do not come closer to those of the float network. Behind GPTQ, which fits biases to what layers
+            in front give, equal means can be worse.
 
     Raises:
         ValueError: if at is neither, or max_shift not positive.
@@ -75,6 +80,7 @@ class SequentialBiasSettings(FastBiasSettings):
 
     include_activations: bool = True
     at: str = "activation"
+    only_if_better: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,14 +170,39 @@ def correct_bias_sequentially(
 ) -> Found:
     """Correct the biases one layer after the other, each for the error of the whole network in front of it.
 
-    Arguments, result and errors are those of correct_bias; costs a run of both networks.
+    Arguments, result and errors are those of correct_bias; costs a run of both networks, with only_if_better
+    three.
     """
     settings = settings or SequentialBiasSettings()
     lockstep = _lockstep(reference, folded, plan, batches)
     walked = lockstep
     if not settings.include_activations:
         walked = Lockstep(reference, folded, weights_only(folded.traced, plan), batches)
-    return _corrected(SEQUENTIAL, lockstep, walked, layers, settings, same_inputs=False)
+    found = _corrected(SEQUENTIAL, lockstep, walked, layers, settings, same_inputs=False)
+    if settings.only_if_better:
+        before, after = (_output_error(reference, *one, batches) for one in ((folded, plan), found[:2]))
+        if not after < before:
+            why = (
+                f"the error of the network's outputs would go from {before:.3g} to {after:.3g} of their power"
+            )
+            left = dict.fromkeys((change.name for change in found[2].changed), why)
+            return folded, plan, replace(found[2], changed=(), left={**found[2].left, **left})
+    return found
+
+
+def _output_error(
+    reference: fx.GraphModule, folded: Folded, plan: ModelPlan, batches: Sequence[Tensor]
+) -> float:
+    """The squared error of what a quantized network gives, as a share of its power in the float network."""
+    network = build(folded, plan).network
+    error = power = 0.0
+    with torch.no_grad():
+        for images in batches:
+            outputs = (float_tensors(run(images)) for run in (reference, network))
+            for wanted, found in zip(*outputs, strict=True):
+                error += float((found.double() - wanted.double()).square().sum())
+                power += float(wanted.double().square().sum())
+    return error / max(power, torch.finfo(torch.float64).tiny)
 
 
 def _lockstep(

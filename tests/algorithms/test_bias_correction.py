@@ -1,5 +1,6 @@
 """Biases that take back the shift of the mean: the vectors of the NNCF case, chains, guards."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -304,6 +305,28 @@ def test_equal_means_where_values_are_read_serve_the_outputs_better(planned, log
         folded, plan, _ = correct_bias_sequentially(*case.given, layers=case.names, settings=settings)
         found.append(logits_sqnr(case.reference, folded, plan, case.batches))
     assert found[2] > max(found[:2]) + 1
+
+
+@pytest.mark.parametrize("made_up", [True, False])
+def test_biases_stay_where_the_network_s_outputs_would_lose(made_up, planned):
+    """The first layer gives too much; mending it is a gain unless the second one makes up for it."""
+    generator = torch.Generator().manual_seed(8)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    batches = list(torch.randn(32, 6, generator=generator).split(8))
+    reference = planned(copy.deepcopy(net), batches).reference
+    shift = torch.randn(8, generator=generator)
+    net[0].bias.data += shift
+    if made_up:
+        net[1].bias.data -= net[1].weight.detach() @ shift
+    case = planned(net, batches)
+    given = (reference, *case.given[1:])
+    always, _, _ = correct_bias_sequentially(*given, layers=["0"])
+    settings = SequentialBiasSettings(only_if_better=True)
+    folded, plan, report = correct_bias_sequentially(*given, layers=["0"], settings=settings)
+    assert torch.equal(_biases(folded)["0"], _biases(case.folded if made_up else always)["0"])
+    assert (plan is case.plan) is made_up
+    assert [change.name for change in report.changed] == ([] if made_up else ["0"])
+    assert ("error of the network's outputs" in report.left.get("0", "")) is made_up
 
 
 def test_networks_that_branch_by_values_are_left_alone(tiny_batches, planned):

@@ -22,10 +22,10 @@ OF_PRESET = {
     ACCURATE: ("weight_correction", "bias_correction"),
     BEST: ("gptq", "bias_correction"),
 }
-# With few bits of activations, learning whole blocks is worth its time; at more it was not (docs/methods.md).
+# With so few bits of activations sums are rounded once, and GPTQ's biases are not always to be improved upon.
 FEW_BITS = 5
-LEARNED = ("gptq", "reconstruction")
-SETTINGS = {"weight_correction": {"factor": PROJECTION}}
+SETTINGS: dict[str, dict[str, Any]] = {"weight_correction": {"factor": PROJECTION}}
+TRIED = {"only_if_better": True}
 SUMS = {
     "sum": "sums are rounded once",
     "fused": "sums are rounded once, and the convolution in front of one is not rounded before",
@@ -36,7 +36,6 @@ WORDS = {
     "weight_correction": "weight correction: means of channels, and errors orthogonal to the weights",
     "bias_correction": "bias correction, layer after layer: the mean error where values are read",
     "gptq": "GPTQ: the integers of weights by the error of each layer's output",
-    "reconstruction": "reconstruction: rounding, biases and scales of activations, learned block by block",
 }
 
 
@@ -111,9 +110,10 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
         words.append("weights stay in float, and with them their biases")
     else:
         few = (traits.activation_bits or 32) <= FEW_BITS
-        for name in LEARNED if preset == BEST and few else OF_PRESET[preset]:
-            methods.append(_method(name, **SETTINGS.get(name, {})))
-            words.append(WORDS[name])
+        for name in OF_PRESET[preset]:
+            tried = preset == BEST and few and name == "bias_correction"
+            methods.append(_method(name, **(TRIED if tried else SETTINGS.get(name, {}))))
+            words.append(WORDS[name] + (", unless the network's outputs lose by it" if tried else ""))
     return Choice(quantizers, tuple(methods), tuple(words))
 
 

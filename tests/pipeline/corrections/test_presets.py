@@ -36,14 +36,19 @@ def test_bits_modes_and_granularity_stay(traced):
 
 
 def test_each_preset_does_more_than_the_one_before(traced):
-    def names(preset, bits):
-        found = _decide(traced, preset, bits_weights=4, bits_activations=bits).methods
-        return [c.name for c in found]
+    def names(preset):
+        return [c.name for c in _decide(traced, preset, bits_weights=4).methods]
 
-    assert names("fast", 8) == ["fast_bias_correction"]
-    assert names("accurate", 8) == ["weight_correction", "bias_correction"]
-    assert names("best", 8) == ["gptq", "bias_correction"]
-    assert names("best", 4) == ["gptq", "reconstruction"]
+    assert names("fast") == ["fast_bias_correction"]
+    assert names("accurate") == ["weight_correction", "bias_correction"]
+    assert names("best") == ["gptq", "bias_correction"]
+
+
+@pytest.mark.parametrize(("bits", "tried"), [(8, False), (6, False), (5, True), (4, True)])
+def test_behind_gptq_with_few_bits_of_activations_biases_change_only_if_that_serves(traced, bits, tried):
+    found = _decide(traced, "best", bits_activations=bits)
+    assert found.methods[-1].settings.only_if_better is tried
+    assert any("unless" in line for line in found.words) is tried
 
 
 def test_weights_in_float_need_no_correction(traced):
