@@ -22,7 +22,7 @@ OF_PRESET = {
     ACCURATE: ("weight_correction", "bias_correction"),
     BEST: ("gptq", "bias_correction"),
 }
-# With so few bits of activations sums are rounded once, and GPTQ's biases are not always to be improved upon.
+# With so few bits of activations all presets fuse sums, and GPTQ's own biases can be better than equal means.
 FEW_BITS = 5
 SETTINGS: dict[str, dict[str, Any]] = {"weight_correction": {"factor": PROJECTION}}
 TRIED = {"only_if_better": True}
