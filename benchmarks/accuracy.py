@@ -44,7 +44,7 @@ METHODS = (
 )
 SCHEMES = ((8, 8), (6, 6), (4, 8), (4, 4))
 SUMS_AND_IMAGE = "none, image"
-IN_FLOAT = {
+WORDS_OF_SUMS = {
     "": "",
     "none": ", sums in float",
     SUMS_AND_IMAGE: ", sums in float, image on 16 bits",
@@ -119,8 +119,10 @@ def measure(row: Row) -> dict[str, Any]:
     """The numbers of a row."""
     subject = load(row.network, row.split)
     expected = subject.logits(subject.traced)
-    image = row.sums == SUMS_AND_IMAGE
-    first = next(name for name, node, _ in layers(subject.traced) if node.meta["op"] == "conv")
+    sums, overrides = row.sums, {}
+    if sums == SUMS_AND_IMAGE:
+        first = next(name for name, node, _ in layers(subject.traced) if node.meta["op"] == "conv")
+        sums, overrides = "none", {first: {"input_overrides": {0: {"bits_activations": 16}}}}
     quantizers = QuantizeConfig(
         mode_activations="asym_u",
         mode_weights="sym",
@@ -128,8 +130,8 @@ def measure(row: Row) -> dict[str, Any]:
         bits_weights=row.weights,
         bits_activations=row.activations,
         first_last_bits=row.ends,
-        add_rounding="none" if image else row.sums or QuantizeConfig.add_rounding,
-        overrides={first: {"input_overrides": {0: {"bits_activations": 16}}}} if image else {},
+        add_rounding=sums or QuantizeConfig.add_rounding,
+        overrides=overrides,
     )
     asked = CorrectionsConfig(
         preset=row.preset or None, methods=(row.method,) if row.method else (), images=10**6
@@ -174,7 +176,7 @@ def tables(found: dict[str, dict[str, Any]]) -> list[str]:
             lines.append("|---" * 8 + "|")
         name = row.preset or row.method
         name += ", weights per tensor" if row.per_tensor else ""
-        name += IN_FLOAT[row.sums]
+        name += WORDS_OF_SUMS[row.sums]
         change = values["top1"] - values["float_top1"]
         lines.append(
             f"| W{row.weights}A{row.activations} | {row.ends or 'as all'} | {name} | {values['top1']:.2f} "

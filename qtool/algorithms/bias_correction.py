@@ -171,7 +171,7 @@ def correct_bias_sequentially(
     """Correct the biases one layer after the other, each for the error of the whole network in front of it.
 
     Arguments, result and errors are those of correct_bias; costs a run of both networks, with only_if_better
-    three.
+    another one, and one of the quantized network as it was.
     """
     settings = settings or SequentialBiasSettings()
     lockstep = _lockstep(reference, folded, plan, batches)
@@ -180,7 +180,8 @@ def correct_bias_sequentially(
         walked = Lockstep(reference, folded, weights_only(folded.traced, plan), batches)
     found = _corrected(SEQUENTIAL, lockstep, walked, layers, settings, same_inputs=False)
     if settings.only_if_better:
-        before, after = (_output_error(reference, *one, batches) for one in ((folded, plan), found[:2]))
+        networks = [build(folded, plan).network, build(*found[:2]).network]
+        before, after = _output_errors(reference, networks, batches)
         if not after < before:
             why = (
                 f"the error of the network's outputs would go from {before:.3g} to {after:.3g} of their power"
@@ -190,19 +191,19 @@ def correct_bias_sequentially(
     return found
 
 
-def _output_error(
-    reference: fx.GraphModule, folded: Folded, plan: ModelPlan, batches: Sequence[Tensor]
-) -> float:
-    """The squared error of what a quantized network gives, as a share of its power in the float network."""
-    network = build(folded, plan).network
-    error = power = 0.0
+def _output_errors(
+    reference: fx.GraphModule, networks: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> list[float]:
+    """The squared error of what networks give, as a share of the power of what the reference gives."""
+    errors, power = [0.0] * len(networks), 0.0
     with torch.no_grad():
         for images in batches:
-            outputs = (float_tensors(run(images)) for run in (reference, network))
-            for wanted, found in zip(*outputs, strict=True):
-                error += float((found.double() - wanted.double()).square().sum())
-                power += float(wanted.double().square().sum())
-    return error / max(power, torch.finfo(torch.float64).tiny)
+            wanted = [y.double() for y in float_tensors(reference(images))]
+            power += sum(float(y.square().sum()) for y in wanted)
+            for number, network in enumerate(networks):
+                pairs = zip(wanted, float_tensors(network(images)), strict=True)
+                errors[number] += sum(float((y_hat.double() - y).square().sum()) for y, y_hat in pairs)
+    return [error / max(power, torch.finfo(torch.float64).tiny) for error in errors]
 
 
 def _lockstep(

@@ -97,7 +97,7 @@ class CorrectionsConfig:
         None,
         click.Choice(PRESETS),
         "Corrections and estimators that fit the network and its bits: none is plain rounding, fast costs "
-        "about one more calibration, accurate some more, best learns how to round.",
+        "about one more calibration, accurate some more, best chooses how to round by images.",
         "--preset",
         shown_default="none",
     )
