@@ -36,6 +36,32 @@ def test_corrections_keep_more_than_none(run_cli, chdir_tmp):
     assert found[1] > found[0] + 2
 
 
+def test_ranges_are_chosen_by_what_their_errors_do_to_the_outputs(run_cli, chdir_tmp):
+    bits = (
+        "--qe-mode",
+        "asym_u",
+        "--qe-bits-acts",
+        "5",
+        "--qe-clip-acts",
+        "mse",
+        "--qe-max-pool-grid",
+        "input",
+    )
+    found = []
+    images = ("--calib-samples", "128", *QUICK[2:])
+    for more in ((), ("--corrections", "activation_ranges")):
+        result = run_cli("quantize", *bits, *images, *more, "-o", f"runs{len(found)}")
+        assert result.exit_code == 0, result.output
+        (path,) = chdir_tmp.glob(f"runs{len(found)}/*/results.json")
+        found.append(json.loads(path.read_text()))
+    plain, chosen = found
+    assert chosen["logit_sqnr_db"] > plain["logit_sqnr_db"] + 0.2
+    (method,) = chosen["corrections"]["methods"]
+    assert method["method"] == "activation_ranges" and method["settings"]["probes"] == 2
+    assert all("its range times" in change["note"] for change in method["changed"])
+    assert "activation_ranges: " in result.stderr
+
+
 def test_a_corrected_network_is_evaluated_from_its_checkpoint(run_cli, chdir_tmp):
     result = run_cli("quantize", "--corrections", "equalization", "--corrections", "gptq", *FOUR_BITS, *QUICK)
     assert result.exit_code == 0, result.output

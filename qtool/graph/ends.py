@@ -7,15 +7,12 @@ from collections.abc import Callable, Collection, Iterable
 from torch import fx
 
 from qtool.graph.neighbours import reads_values
+from qtool.graph.ops import MAX_POOLS
 from qtool.graph.trace import layers, tensor_inputs
 
 # What these give are values of their input, or of all their inputs, and no new ones besides a bound.
 SELECTS = frozenset(
-    {
-        *("relu", "relu6", "hardtanh", "clamp", "cat", "stack", "pad", "amax", "maximum"),
-        *("max_pool1d", "max_pool2d", "max_pool3d"),
-        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    }
+    {"relu", "relu6", "hardtanh", "clamp", "cat", "stack", "pad", "amax", "maximum", *MAX_POOLS}
 )
 
 

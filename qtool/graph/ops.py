@@ -92,6 +92,8 @@ MOVES = frozenset(
         *("pick", "begin_steps", "carry", "keep", "end_steps", "last_kept", "as_batch", "as_given"),
     }
 )
+# What these give are values of one input.
+MAX_POOLS = frozenset(f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
 # What these give does not depend on the values of a tensor.
 READS_SHAPE = frozenset(
     {

@@ -201,6 +201,8 @@ class LayerSpec:
         keep_float_weight: whether the float weight stays beside the integers.
         sum_once: whether an addition rounds its sum, and not each summand at the sum's scale.
         carried: the number of an addition's input that is added as it arrives, in float; None for none.
+        on_input_grid: whether the output is on the grid of the first input, where that has one and no
+            output_range is given; for operations that hand on values of their input.
     """
 
     weight: QuantSpec | None = None
@@ -225,6 +227,7 @@ class LayerSpec:
     keep_float_weight: bool = False
     sum_once: bool = False
     carried: int | None = None
+    on_input_grid: bool = False
 
     @property
     def everywhere_bits(self) -> int | None:

@@ -118,7 +118,10 @@ def _treatment(node: fx.Node, spec: LayerSpec | None, never_negative: Set[fx.Nod
     )
     if spec.output is not None and kind in (plans.INTEGER, plans.FAKE):
         output = asked_of_output(node, spec, never_negative)
-        parts.append(f"output {_grid_name(output)}{_clipped(spec.clip)}")
+        kept = spec.on_input_grid and spec.output_range is None
+        parts.append(
+            "output on its input's grid" if kept else f"output {_grid_name(output)}{_clipped(spec.clip)}"
+        )
     if kind == plans.WEIGHTS_ONLY and spec.input is not None:
         parts.append("output in float")
     in_float = f" (input {spec.carried} in float)" if spec.carried is not None else " (computes in float)"

@@ -1,4 +1,4 @@
-"""What stays in float beside layers that compute on integers: the network's output, and its sums.
+"""What is not rounded between layers that compute on integers: the network's output, sums, and max pools.
 
 A layer in front of such a value reads its input on a grid and has integer weights, and what its accumulator
 holds goes back to float without another rounding. What reads the value puts it on a grid of its own.
@@ -96,6 +96,19 @@ def with_fused_sums(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str,
             _, index, giver = max(fit)
             if _leave(found, giver.meta["layer"], own):
                 found[name] = replace(found[name], carried=index)
+    return found
+
+
+def with_kept_grids(traced: fx.GraphModule, specs: Specs, own: Own) -> dict[str, LayerSpec]:
+    """The specs with max pools that hand on the grid of what they read.
+
+    Args:
+        traced, specs, own: as for with_float_output.
+    """
+    found = dict(specs)
+    for name, node, _ in layers(traced):
+        if node.meta["op"] in ops.MAX_POOLS and name in found and "bits_activations" not in own.get(name, {}):
+            found[name] = replace(found[name], on_input_grid=True)
     return found
 
 

@@ -32,7 +32,7 @@ from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline.calibration import chunk_size, chunks, measure
 from qtool.pipeline.first_last import with_first_last_bits
-from qtool.pipeline.in_float import with_float_output, with_float_sums, with_fused_sums
+from qtool.pipeline.in_float import with_float_output, with_float_sums, with_fused_sums, with_kept_grids
 from qtool.pipeline.logits import logits_of
 from qtool.pipeline.ranks import ALONE, Ranks
 from qtool.quantizers.checkpoint import from_checkpoint, to_checkpoint
@@ -133,6 +133,8 @@ def specs_for(traced: fx.GraphModule, config: QuantizeConfig) -> dict[str, Layer
         specs = with_float_sums(traced, specs, own)
     elif config.add_rounding == "fused":
         specs = with_fused_sums(traced, specs, own)
+    if config.max_pool_grid == "input":
+        specs = with_kept_grids(traced, specs, own)
     return with_float_output(traced, specs, own) if config.float_output else specs
 
 

@@ -1,6 +1,7 @@
-"""The network's output and its sums in float, between layers on integers."""
+"""What is not rounded between layers on integers: the network's output, its sums, and max pools."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from qtool.deploy.native import IN_FLOAT, INT8, convert
 from qtool.deploy.native.files import from_file, to_file
 from qtool.errors import ConfigError
 from qtool.graph.fold import fold_batch_norms
+from qtool.graph.trace import trace
 from qtool.numerics.metrics import sqnr_db
 from qtool.pipeline import steps
 from qtool.pipeline.coverage import coverage
+from qtool.pipeline.describe import layer_table
+from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.lockstep import integer_layers
 from qtool.quantizers.prepare import build
 
@@ -75,6 +79,11 @@ def test_a_single_layer_still_reads_its_input_on_a_grid(tiny_batches):
             "--qe-add-rounding: has no effect with --qe-bits-acts",
         ),
         ({"add_rounding": "sum", "dynamic": True}, "--qe-add-rounding: with --qe-dynamic additions are made"),
+        ({"max_pool_grid": "input", "dynamic": True}, "--qe-max-pool-grid: has no effect with --qe-dynamic"),
+        (
+            {"max_pool_grid": "input", "bits_activations": 0},
+            "--qe-max-pool-grid: has no effect with --qe-bits-acts",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused(settings, message):
@@ -149,6 +158,55 @@ def test_the_values_are_those_of_float_sums_of_integer_products(blocks, tiny_bat
         expected = layer("fc", rounded(y.mean((2, 3)), plan["mean"].output))
     off = (model(x).double() - expected).abs()
     assert float(off.max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_a_max_pool_may_hand_on_the_integers_that_it_reads(blocks, tiny_batches):
+    settings = {"bits_activations": 4, "first_last_bits": 8, "max_pool_grid": "input"}
+    model = _quantized(blocks, tiny_batches, **settings)
+    plan = model.plan.layers
+    assert plan["pool"].output is plan["stem"].output
+    assert plan["pool"].output.spec.num_bits == 8
+    seen = {}
+    for name in ("stem", "pool"):
+        model.network.get_submodule(name).register_forward_hook(
+            lambda _module, _args, y, name=name: seen.update({name: y})
+        )
+    model(torch.cat(tiny_batches))
+    assert torch.equal(seen["pool"], torch.nn.functional.max_pool2d(seen["stem"], 2))
+    own = _quantized(blocks, tiny_batches, **settings | {"max_pool_grid": "own"}).plan.layers["pool"].output
+    assert own.spec.num_bits == 4
+
+
+@pytest.mark.parametrize("own", [{"bits_activations": 4}, {"output_range": [0.0, 1.0]}])
+def test_a_max_pool_with_bits_or_a_range_of_its_own_keeps_them(own, blocks, tiny_batches):
+    settings = {"max_pool_grid": "input", "overrides": {"pool": own}}
+    plan = _quantized(blocks, tiny_batches, **settings).plan.layers
+    assert plan["pool"].output.scale != plan["stem"].output.scale
+    assert plan["pool"].output.spec.num_bits == own.get("bits_activations", 8)
+
+
+def test_a_max_pool_of_floats_has_a_grid_of_its_own(blocks, tiny_batches):
+    settings = {"max_pool_grid": "input", "no_quant_layers": ("stem",)}
+    assert _quantized(blocks, tiny_batches, **settings).plan.layers["pool"].output.spec.num_bits == 8
+
+
+def test_a_new_grid_is_handed_on_by_a_max_pool(blocks, tiny_batches):
+    model = _quantized(blocks, tiny_batches, max_pool_grid="input")
+    given = model.plan.layers["stem"].output
+    wider = replace(given, scale=given.scale * 2)
+    folded = fold_batch_norms(trace(blocks, tiny_batches[0])).traced
+    plan = adjusted(folded, model.plan, outputs={"stem": wider}).layers
+    assert plan["pool"].output is plan["stem"].output is wider
+    # A grid that the pool is given itself is its own from then on.
+    plan = adjusted(folded, model.plan, outputs={"pool": wider}).layers
+    assert (plan["stem"].output, plan["pool"].output) == (given, wider)
+
+
+def test_the_table_of_layers_says_that_a_grid_is_handed_on(blocks, tiny_batches):
+    traced = trace(blocks, tiny_batches[0])
+    lines = layer_table(traced, steps.specs_for(traced, QuantizeConfig(max_pool_grid="input"))).splitlines()
+    (line,) = [line for line in lines if line.startswith("pool ")]
+    assert line.endswith("output on its input's grid (computes in float)")
 
 
 def test_a_fused_sum_takes_one_summand_from_its_accumulator(blocks, tiny_batches):

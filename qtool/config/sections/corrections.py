@@ -22,6 +22,7 @@ METHODS = (
     "bias_correction",
     "analytic_bias_correction",
     "weight_correction",
+    "activation_ranges",
     "gptq",
     "adaround",
     "reconstruction",

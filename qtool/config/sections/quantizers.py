@@ -137,6 +137,13 @@ class QuantizeConfig:
         "in front of it not rounded before; or nothing, so that sums and what they add up stay in float.",
         "--qe-add-rounding",
     )
+    max_pool_grid: str = option(
+        "own",
+        click.Choice(["own", "input"]),
+        "The grid of what a max pool gives: its own, as in Distiller; or that of its input, as kernels have "
+        "it, which rounds nothing and has the input's bits.",
+        "--qe-max-pool-grid",
+    )
     float_output: bool = option(
         False,
         click.BOOL,

@@ -22,10 +22,10 @@ from qtool.graph.trace import layers
 from qtool.numerics.spec import LayerSpec
 from qtool.observers.stats import ModelStats
 from qtool.pipeline import steps
-from qtool.pipeline.corrections.methods import NETWORK, PLAN, Correction, correction
+from qtool.pipeline.corrections.methods import NETWORK, OUTPUTS, PLAN, Correction, correction
 from qtool.pipeline.corrections.presets import choose, traits_of
 from qtool.quantizers.lockstep import HAS_INTEGERS
-from qtool.quantizers.plan import ModelPlan, plan_model
+from qtool.quantizers.plan import FAKE, INTEGER, ModelPlan, plan_model
 from qtool.quantizers.prepare import QuantizedModel, build
 
 LOG = logging.getLogger("qtool")
@@ -155,7 +155,8 @@ def quantize_corrected(
     reference = folded.traced
     for one in corrections.on_plan:
         start = time.perf_counter()
-        names = [name for name, layer in plan.layers.items() if layer.kind in HAS_INTEGERS]
+        kinds = (INTEGER, FAKE) if one.method.on == OUTPUTS else HAS_INTEGERS
+        names = [name for name, layer in plan.layers.items() if layer.kind in kinds]
         extra: dict[str, Any] = {}
         if "store" in one.method.needs:
             settings = {**asdict(one.settings), "exclude": one.exclude}

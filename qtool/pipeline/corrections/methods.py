@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qtool.algorithms.activation_ranges import ActivationRangesSettings, activation_ranges
 from qtool.algorithms.adaround import AdaRoundSettings, adaround
 from qtool.algorithms.analytic_bias import correct_bias_without_data
 from qtool.algorithms.bias_correction import (
@@ -27,6 +28,7 @@ from qtool.config.layers import matching
 from qtool.errors import ConfigError, nearest
 
 NETWORK, PLAN = "network", "plan"
+WEIGHTS, OUTPUTS = "weights", "outputs"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Method:
         settings: the class of its settings.
         needs: what run takes by keyword beside layers and settings: of "stats", "batches", "traced",
             "progress", "store".
+        on: whether its layers are those with integer WEIGHTS, or those with OUTPUTS on a grid.
     """
 
     stage: str
     run: Callable[..., Any]
     settings: type
     needs: tuple[str, ...] = ()
+    on: str = WEIGHTS
 
 
 LEARNED = ("batches", "progress", "store")
@@ -56,6 +60,7 @@ METHODS = {
     "bias_correction": Method(PLAN, correct_bias_sequentially, SequentialBiasSettings, ("batches",)),
     "analytic_bias_correction": Method(PLAN, correct_bias_without_data, FastBiasSettings, ("traced",)),
     "weight_correction": Method(PLAN, correct_weights, WeightCorrectionSettings, ("batches",)),
+    "activation_ranges": Method(PLAN, activation_ranges, ActivationRangesSettings, ("batches",), on=OUTPUTS),
     "gptq": Method(PLAN, gptq, GptqSettings, LEARNED),
     "adaround": Method(PLAN, adaround, AdaRoundSettings, LEARNED),
     "reconstruction": Method(PLAN, reconstruct, ReconstructionSettings, LEARNED),

@@ -11,6 +11,7 @@ from qtool.algorithms.weight_correction import PROJECTION
 from qtool.config import CorrectionConfig, QuantizeConfig
 from qtool.config.clipping import AUTO
 from qtool.graph.neighbours import following_op
+from qtool.graph.ops import MAX_POOLS
 from qtool.graph.trace import layers, tensor_inputs
 from qtool.numerics.spec import LayerSpec
 
@@ -48,6 +49,7 @@ class Traits:
         per_tensor: whether any weight has one grid for all its channels.
         attention: whether there are attentions or layer norms.
         linked: whether a convolution with a batch norm goes into one other alone, a ReLU or ReLU6 between.
+        pools: whether there are max pools.
     """
 
     weight_bits: int | None
@@ -55,6 +57,7 @@ class Traits:
     per_tensor: bool
     attention: bool
     linked: bool
+    pools: bool
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def traits_of(traced: fx.GraphModule, specs: dict[str, LayerSpec]) -> Traits:
         any(w.axis is None for w in weights),
         not ops.isdisjoint({"softmax", "layer_norm", "scaled_dot_product_attention"}),
         any(_is_linked(node) for _, node, _ in layers(traced)),
+        not ops.isdisjoint(MAX_POOLS),
     )
 
 
@@ -100,11 +104,12 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """What a preset stands for here.
 
     Bits, modes and granularity stay as they were asked for; so does an estimator that was chosen. Where
-    Distiller rounds and kernels need not, at the summands of an addition and at the output, it is left out.
+    Distiller rounds and kernels need not, at the summands of an addition, behind max pools and at the
+    output, it is left out.
     """
     words: list[str] = []
     methods: list[CorrectionConfig] = []
-    quantizers = _exact_sums(preset, _estimators(quantizers, words), traits, words)
+    quantizers = _exact(preset, _estimators(quantizers, words), traits, words)
     _equalization(traits, methods, words)
     if traits.weight_bits is None:
         words.append("weights stay in float, and with them their biases")
@@ -127,7 +132,7 @@ def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:
     return quantizers
 
 
-def _exact_sums(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
+def _exact(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[str]) -> QuantizeConfig:
     """No rounding that kernels do not need."""
     if traits.activation_bits is None:
         return quantizers
@@ -135,7 +140,9 @@ def _exact_sums(preset: str, quantizers: QuantizeConfig, traits: Traits, words: 
         fused = preset == BEST or traits.activation_bits <= FEW_BITS
         quantizers = replace(quantizers, add_rounding="fused" if fused else "sum")
     words.append(f"{SUMS[quantizers.add_rounding]}; what the network gives is not rounded at all")
-    return replace(quantizers, float_output=True)
+    if traits.pools:
+        words.append("max pools hand on what they read, with its bits")
+    return replace(quantizers, float_output=True, max_pool_grid="input")
 
 
 def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:

@@ -258,11 +258,12 @@ class _Planner:
         inputs = (None,) * len(sources) if takes_as_is else self._fresh_inputs(name, node, spec)
         # So do parameters, such as those of a layer norm.
         inputs = tuple(None if source.op == "get_attr" else inputs[i] for i, source in enumerate(sources))
+        handed_on = self.grids[sources[0]] if spec.on_input_grid and spec.output_range is None else None
         return LayerPlan(
             FAKE,
             op,
             inputs=inputs,
-            output=self.chosen.of_output(name, node, spec),
+            output=handed_on or self.chosen.of_output(name, node, spec),
             activation=self._activation(name),
             float_bits=spec.float_bits,
         )

@@ -46,6 +46,7 @@ def test_integers_are_those_of_the_simulation(mode, bits, tiny_net, x, as_quanti
         {"add_rounding": "sum", "float_output": True},
         {"add_rounding": "none", "float_output": True},
         {"add_rounding": "fused"},
+        {"max_pool_grid": "input", "first_last_bits": 8, "bits_activations": 4},
     ],
     ids=str,
 )
