@@ -38,6 +38,7 @@ METHODS = (
     "fast_bias_correction",
     "bias_correction",
     "weight_correction",
+    "activation_ranges",
     "gptq",
     "adaround",
     "reconstruction",
