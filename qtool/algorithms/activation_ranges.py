@@ -28,9 +28,9 @@ from qtool.graph.trace import float_tensors
 from qtool.graph.trace import layers as traced_layers
 from qtool.numerics.affine import fake_quantize
 from qtool.numerics.spec import QParams
-from qtool.quantizers.adjust import adjusted, source_of_grid
+from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.plan import FAKE, INTEGER, ModelPlan
-from qtool.quantizers.plan.derived import value_grids
+from qtool.quantizers.plan.derived import hands_on_grid
 
 METHOD = "activation_ranges"
 # What ranges are multiplied by: 0.5 to 1.41 in eighths of an octave.
@@ -166,16 +166,15 @@ def _note(site: Site, best: int) -> str:
 
 def _sites(reference: fx.GraphModule, plan: ModelPlan, names: Collection[str]) -> dict[str, Site]:
     """The outputs whose ranges can be chosen, by layer; those handed on are chosen where they come from."""
-    grids = value_grids(reference, plan.layers)
+    left_out = hands_on_grid(reference, plan.layers)
     found = {}
     for name, node, _ in traced_layers(reference):
         layer = plan.layers[name]
-        if name not in names or layer.kind not in (INTEGER, FAKE) or layer.output is None:
+        if name not in names or name in left_out or layer.kind not in (INTEGER, FAKE) or layer.output is None:
             continue
-        if source_of_grid(layer, node, grids) is None:
-            following = following_op(node) if layer.activation is not None else None
-            computed = node if following is None or following[0] != layer.activation else following[1]
-            found[name] = Site(computed, layer.output)
+        following = following_op(node) if layer.activation is not None else None
+        computed = node if following is None or following[0] != layer.activation else following[1]
+        found[name] = Site(computed, layer.output)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Size, Tensor, fx, nn
 from qtool.graph import ops
 from qtool.graph.trace import tensor_inputs
 from qtool.quantizers.limits import activated
-from qtool.quantizers.plan import IDENTITY, INTEGER, LayerPlan
+from qtool.quantizers.plan import FAKE, IDENTITY, INTEGER, LayerPlan
 from qtool.quantizers.weighted import weighted_function
 
 # Gives, for a shape, 1.0 where a value goes on its grid and 0.0 where it stays off it.
@@ -60,7 +60,8 @@ class Simulation:
         nodes: in order; those of one part.
         plans: of its layers.
         weights: of layers, by name; the modules of the others are run as they are.
-        outputs: the grids of outputs, by layer.
+        outputs: the grids of outputs, by layer; a layer that computes in float, and whose grid is left out
+            here, hands on values on the grid that it reads.
         fresh: those of inputs that arrive in float, by layer and number of the input.
     """
 
@@ -162,7 +163,12 @@ class Simulation:
     def _hands_on(self, node: fx.Node) -> bool:
         """Whether a node gives what it reads, on the same grid."""
         name = node.meta.get("layer")
-        return node.meta["op"] in ops.KEEPS_GRID if name is None else self.plans[name].kind == IDENTITY
+        if name is None:
+            return node.meta["op"] in ops.KEEPS_GRID
+        plan = self.plans[name]
+        return plan.kind == IDENTITY or (
+            plan.kind == FAKE and plan.output is not None and name not in self.outputs
+        )
 
     def _combined(
         self, node: fx.Node, grid: SimulatedGrid, values: Mapping[fx.Node, Any], masks: Masks | None

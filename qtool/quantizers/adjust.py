@@ -26,6 +26,7 @@ from qtool.quantizers.plan import EMBEDDING, FAKE, INTEGER, WEIGHTED, WEIGHTS_ON
 from qtool.quantizers.plan.derived import (
     grid_of_value,
     grids_read,
+    hands_on_grid,
     product_scale,
     value_grids,
     with_accumulator,
@@ -65,13 +66,14 @@ def adjusted(
     _check(plan, weights, outputs)
     _check_inputs(plan, inputs)
     before = value_grids(traced, plan.layers)
+    handed_on = hands_on_grid(traced, plan.layers)
     modules = {name: module for name, _, module in layers(traced)}
     grids: dict[fx.Node, QParams | None] = {}
     found = dict(plan.layers)
     for node in traced.graph.nodes:
         name = node.meta.get("layer")
         if name is not None:
-            moved = any(grids[read] is not before[read] for read in tensor_inputs(node))
+            moved = any(grids[source] is not before[source] for source in tensor_inputs(node))
             fresh = found[name].inputs
             own = tuple(inputs.get((name, index), grid) for index, grid in enumerate(fresh))
             if any(new is not old for new, old in zip(own, fresh, strict=True)):
@@ -79,17 +81,10 @@ def adjusted(
             if moved or name in weights or name in outputs:
                 new = _with_own_grids(found[name], modules[name], weights.get(name), outputs.get(name))
                 found[name] = _following(new, node, modules[name], grids)
-            source = source_of_grid(plan.layers[name], node, before)
-            if source is not None and name not in outputs:
-                found[name] = replace(found[name], output=grids[source])
+            if name in handed_on and name not in outputs:
+                found[name] = replace(found[name], output=grids[tensor_inputs(node)[0]])
         grids[node] = grid_of_value(node, None if name is None else found[name], grids)
     return replace(plan, layers=found)
-
-
-def source_of_grid(plan: LayerPlan, node: fx.Node, grids: Mapping[fx.Node, QParams | None]) -> fx.Node | None:
-    """What a layer reads whose output is on that very grid, as a max pool's can be; None for other layers."""
-    reads = tensor_inputs(node) if plan.kind == FAKE and plan.output is not None else []
-    return next((source for source in reads[:1] if grids[source] is plan.output), None)
 
 
 def _with_own_grids(

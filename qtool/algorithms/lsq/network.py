@@ -18,6 +18,7 @@ from qtool.graph.fold import Folded, restore_layout
 from qtool.graph.trace import layers
 from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.plan import CAST, EMBEDDING, FLOAT, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
+from qtool.quantizers.plan.derived import hands_on_grid
 from qtool.quantizers.weights import fake_quantize_bias
 
 LEARNED, EMA = "learned", "ema"
@@ -59,11 +60,12 @@ class TrainedNetwork:
         self.outputs: dict[str, TrainedGrid] = {}
         self.inputs: dict[tuple[str, int], TrainedGrid] = {}
         kind = LearnedStep if ranges == LEARNED else MovingRange
+        handed_on = hands_on_grid(folded.traced, plan.layers)
         for name, _, module in layers(folded.traced):
             layer = plan.layers[name]
             if layer.op in WEIGHTED:
                 self.weights[name] = TrainedWeight(module, layer, ranges == EMA, self.device)
-            if layer.output is not None:
+            if layer.output is not None and name not in handed_on:
                 self.outputs[name] = kind(layer.output, layer.activation, layer.activation_limit, self.device)
             for index, own in enumerate(layer.inputs):
                 if own is not None:

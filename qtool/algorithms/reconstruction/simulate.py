@@ -17,6 +17,7 @@ from qtool.algorithms.rounding.soft import SoftIntegers
 from qtool.algorithms.simulation import Masks, SimulatedGrid, SimulatedWeight, Simulation
 from qtool.graph.fold import output_channels_first, restore_layout
 from qtool.quantizers.plan import CAST, EMBEDDING, WEIGHTED, LayerPlan
+from qtool.quantizers.plan.derived import hands_on_grid
 from qtool.quantizers.weights import weight_values
 
 
@@ -117,6 +118,7 @@ class SimulatedBlock:
         self.outputs: dict[str, LearnedGrid] = {}
         fixed: dict[str, SimulatedWeight] = {}
         fresh: dict[tuple[str, int], SimulatedGrid] = {}
+        handed_on = hands_on_grid(traced, plans)
         for node in block.nodes:
             name = node.meta.get("layer")
             if name is None:
@@ -127,7 +129,7 @@ class SimulatedBlock:
                     self.weights[name] = LearnedWeight(module, plan)
                 else:
                     fixed[name] = FixedWeight(module, plan)
-            if plan.output is not None:
+            if plan.output is not None and name not in handed_on:
                 # Approximated scales are not for gradients to choose.
                 learn = learn_scales and plan.everywhere_bits is None and plan.scale_approx_bits is None
                 self.outputs[name] = LearnedGrid(plan.output, plan.activation, learn, plan.activation_limit)

@@ -47,6 +47,17 @@ def value_grids(traced: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> dict[
     return grids
 
 
+def hands_on_grid(traced: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> frozenset[str]:
+    """The layers whose output is on the very grid that they read, as a max pool's can be, by name."""
+    grids = value_grids(traced, plans)
+    found = set()
+    for node in traced.graph.nodes:
+        name = node.meta.get("layer")
+        if name is not None and plans[name].kind == FAKE and plans[name].output is not None:
+            found |= {name for source in tensor_inputs(node)[:1] if grids[source] is plans[name].output}
+    return frozenset(found)
+
+
 def grids_read(node: fx.Node, plan: LayerPlan, grids: NodeGrids) -> list[QParams | None]:
     """The grid on which a layer reads each of its tensor inputs, None for float."""
     fresh = plan.inputs or (None,) * len(tensor_inputs(node))

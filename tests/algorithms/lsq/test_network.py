@@ -82,6 +82,7 @@ SCHEMES = {
     "asymmetric weights": {"mode": "asym_s", "per_channel_weights": True},
     "weights alone": {"bits_activations": 0, "per_channel_weights": True},
     "activations alone": {"bits_weights": 0, "mode": "asym_u"},
+    "pools that hand on": {"mode": "asym_u", "bits_activations": 4, "max_pool_grid": "input"},
     "float ends": {"mode": "asym_u", "no_quant_layers": ("stem", "fc")},
 }
 
@@ -103,6 +104,16 @@ def test_an_untrained_network_is_the_quantized_one(net, batches, planned_w4, sch
         )
     if ranges == "learned":  # ranges that follow are others behind the first batch
         _assert_same(trained, batches)
+
+
+def test_a_pool_that_hands_on_its_input_s_grid_does_so_behind_training(net, batches, planned_w4):
+    folded, plan = planned_w4(net, batches, **SCHEMES["pools that hand on"])
+    trained = _moved(TrainedNetwork(folded, plan))
+    assert "output.pool" not in trained.state()
+    _, found = trained.quantized()
+    source = next(name for name, layer in found.layers.items() if layer.output is found.layers["pool"].output)
+    assert source.startswith("cat")
+    assert not found.layers["pool"].output.same_grid(plan.layers["pool"].output)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

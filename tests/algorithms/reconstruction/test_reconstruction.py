@@ -123,6 +123,15 @@ def test_a_block_is_learned_as_a_whole_better_than_layer_by_layer(net, batches, 
     assert losses[0] < losses[1]
 
 
+def test_a_max_pool_hands_on_a_scale_that_is_learned(batches, planned_w4):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3)).eval()
+    (_, plan), (_, new_plan, _) = _run(planned_w4, net, batches, max_pool_grid="input")
+    assert new_plan.layers["2"].output is new_plan.layers["0"].output
+    assert not new_plan.layers["0"].output.same_grid(plan.layers["0"].output)
+
+
 def test_no_block_gets_worse_on_all_images(net, batches, planned_w4):
     """With so few steps at so large a rate nothing useful is learned."""
     settings = replace(FAST, iterations=2, learning_rate=30.0)
