@@ -1,6 +1,7 @@
 """What many tests share: small networks, their batches, and places to read and write."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 # No deadline, as torch's first call is slow; derandomized, so that a failure is the same for everyone.
 hypothesis.settings.register_profile("qtool", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("qtool")
+# A shell lets what it starts in the background ignore Ctrl-C, and so would what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyNet(nn.Module):
