@@ -22,7 +22,7 @@ class TensorSums:
     """Sums over the elements of one tensor.
 
     Args:
-        shape: of one image's part; a leading 1 stands for the images.
+        shape: of one image's part, in the first chunk; a leading 1 stands for the images.
         numel: elements seen.
         images: (n,) int64, numbers of the images; of the chunks where the tensor has no batch axis.
         image_min, image_max: (n,) float32, units of x.
@@ -52,10 +52,12 @@ class TensorSums:
     def merge(self, other: TensorSums) -> TensorSums:
         """The sums over the elements of both, which have the same pivot and no image in common.
 
+        Sequences may differ in length, and then have no channels.
+
         Raises:
-            ValueError: if the pivots or the shapes of an image differ.
+            ValueError: if the pivots, or the numbers of dimensions of an image, differ.
         """
-        if self.pivot != other.pivot or self.shape != other.shape:
+        if self.pivot != other.pivot or len(self.shape) != len(other.shape):
             raise ValueError(
                 f"sums about {self.pivot:g} of shape {self.shape} and about {other.pivot:g} "
                 f"of shape {other.shape} are not of one tensor"
@@ -69,14 +71,19 @@ class TensorSums:
             values = np.concatenate([getattr(self, name), getattr(other, name)])
             return np.asarray(values[order])
 
+        lows, highs = (self.channel_min, other.channel_min), (self.channel_max, other.channel_max)
+        if len(self.channel_min) != len(other.channel_min):
+            lows = (lows[0].min(keepdims=True), lows[1].min(keepdims=True))
+            highs = (highs[0].max(keepdims=True), highs[1].max(keepdims=True))
         return replace(
             self,
+            shape=self.shape if self.chunks.min() < other.chunks.min() else other.shape,
             numel=self.numel + other.numel,
             images=images[order],
             image_min=joined("image_min", order),
             image_max=joined("image_max", order),
-            channel_min=np.minimum(self.channel_min, other.channel_min),
-            channel_max=np.maximum(self.channel_max, other.channel_max),
+            channel_min=np.minimum(*lows),
+            channel_max=np.maximum(*highs),
             chunks=chunks[chunk_order],
             deviation=joined("deviation", chunk_order),
             squares=joined("squares", chunk_order),

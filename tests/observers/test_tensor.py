@@ -136,6 +136,24 @@ def test_parts_merge_to_what_one_observer_gathers(chunks, ranks, elements, seed)
     assert_equal(merged[0], whole)
 
 
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=5), st.integers(2, 3))
+def test_parts_of_sequences_of_several_lengths_merge_to_what_one_observer_gathers(lengths, ranks):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    parts = [torch.randn(4, length, 6, generator=generator) for length in lengths]
+    whole = sums(parts)
+    merged = [sums(parts[r::ranks], whole.pivot, r, ranks, size=4) for r in range(ranks) if parts[r::ranks]]
+    while len(merged) > 1:
+        merged.append(merged.pop().merge(merged.pop()))
+    assert_equal(merged[0], whole)
+
+
+def test_sums_of_other_dimensions_do_not_merge():
+    a = sums([images(2, 3, 0)], pivot=0.0)
+    b = sums([torch.ones(2, 3, 3)], pivot=0.0)
+    with pytest.raises(ValueError, match="not of one tensor"):
+        a.merge(b)
+
+
 def test_sums_about_different_values_do_not_merge():
     a, b = sums([images(2, 3, 0)]), sums([images(2, 3, 1)])
     with pytest.raises(ValueError, match="not of one tensor"):
