@@ -71,11 +71,11 @@ def check(config: QuantizeConfig) -> None:
         raise ConfigError(
             "--qe-stats-as-is: has an effect with --qe-stats-file only; add that, or leave it out"
         )
-    if config.dynamic and config.add_rounding != "inputs":
+    if config.dynamic and config.add_rounding not in (None, "inputs"):
         raise ConfigError("--qe-add-rounding: with --qe-dynamic additions are made in float; leave it out")
-    if config.add_rounding != "inputs" and not config.bits_activations:
+    if config.add_rounding not in (None, "inputs") and not config.bits_activations:
         raise ConfigError("--qe-add-rounding: has no effect with --qe-bits-acts 0; leave it out")
-    if config.max_pool_grid != "own" and (config.dynamic or not config.bits_activations):
+    if config.max_pool_grid == "input" and (config.dynamic or not config.bits_activations):
         without = "--qe-dynamic" if config.dynamic else "--qe-bits-acts 0"
         raise ConfigError(f"--qe-max-pool-grid: has no effect with {without}; leave it out")
     if config.float_output and (config.dynamic or not config.bits_activations):

@@ -129,20 +129,22 @@ class QuantizeConfig:
         "products rescale their inputs.",
         "--qe-scale-approx-everywhere",
     )
-    add_rounding: str = option(
-        "inputs",
+    add_rounding: str | None = option(
+        None,
         click.Choice(["inputs", "sum", "fused", "none"]),
         "What an addition rounds: each input at the scale of the sum, as Distiller does; the sum once, as "
         "kernels do, which is more exact; fused: the same, with the result of a convolution or linear layer "
         "in front of it not rounded before; or nothing, so that sums and what they add up stay in float.",
         "--qe-add-rounding",
+        shown_default="inputs, or what a preset chooses",
     )
-    max_pool_grid: str = option(
-        "own",
+    max_pool_grid: str | None = option(
+        None,
         click.Choice(["own", "input"]),
         "The grid of what a max pool gives: its own, as in Distiller; or that of its input, as kernels have "
         "it, which rounds nothing and has the input's bits.",
         "--qe-max-pool-grid",
+        shown_default="own, or input with a preset",
     )
     float_output: bool = option(
         False,

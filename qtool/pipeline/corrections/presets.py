@@ -28,6 +28,7 @@ FEW_BITS = 5
 SETTINGS: dict[str, dict[str, Any]] = {"weight_correction": {"factor": PROJECTION}}
 TRIED = {"only_if_better": True}
 SUMS = {
+    "inputs": "each summand is rounded at the scale of the sum",
     "sum": "sums are rounded once",
     "fused": "sums are rounded once, and the convolution in front of one is not rounded before",
     "none": "sums are not rounded",
@@ -103,7 +104,8 @@ def _is_linked(node: fx.Node) -> bool:
 def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """What a preset stands for here.
 
-    Bits, modes and granularity stay as they were asked for; so does an estimator that was chosen. Where
+    Bits, modes and granularity stay as they were asked for; so do an estimator, and roundings of sums and max
+    pools, that were chosen. Where
     Distiller rounds and kernels need not, at the summands of an addition, behind max pools and at the
     output, it is left out.
     """
@@ -136,13 +138,13 @@ def _exact(preset: str, quantizers: QuantizeConfig, traits: Traits, words: list[
     """No rounding that kernels do not need."""
     if traits.activation_bits is None:
         return quantizers
-    if quantizers.add_rounding == "inputs":
-        fused = preset == BEST or traits.activation_bits <= FEW_BITS
-        quantizers = replace(quantizers, add_rounding="fused" if fused else "sum")
-    words.append(f"{SUMS[quantizers.add_rounding]}; what the network gives is not rounded at all")
-    if traits.pools:
+    fused = preset == BEST or traits.activation_bits <= FEW_BITS
+    sums = quantizers.add_rounding or ("fused" if fused else "sum")
+    words.append(f"{SUMS[sums]}; what the network gives is not rounded at all")
+    pools = quantizers.max_pool_grid or "input"
+    if traits.pools and pools == "input":
         words.append("max pools hand on what they read, with its bits")
-    return replace(quantizers, float_output=True, max_pool_grid="input")
+    return replace(quantizers, add_rounding=sums, max_pool_grid=pools, float_output=True)
 
 
 def _equalization(traits: Traits, methods: list[CorrectionConfig], words: list[str]) -> None:

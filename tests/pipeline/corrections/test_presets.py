@@ -1,7 +1,9 @@
 """What presets choose for which network and bits."""
 
 import pytest
+import torch
 import torchvision
+from torch import nn
 
 from qtool.config import CorrectionsConfig, QuantizeConfig
 from qtool.graph.trace import trace
@@ -86,7 +88,19 @@ def test_with_few_bits_what_is_added_up_is_not_rounded_before(traced, bits, expe
     assert _decide(traced, "best", bits_activations=bits).quantizers.add_rounding == "fused"
 
 
-def test_sums_that_are_to_stay_in_float_do(traced):
-    found = _decide(traced, "best", add_rounding="none")
-    assert found.quantizers.add_rounding == "none"
-    assert any("sums are not rounded" in line for line in found.words)
+@pytest.mark.parametrize(
+    ("asked", "words"), [("none", "sums are not rounded"), ("inputs", "each summand is rounded at the scale")]
+)
+def test_how_sums_are_rounded_stays_where_it_was_chosen(traced, asked, words):
+    found = _decide(traced, "best", add_rounding=asked)
+    assert found.quantizers.add_rounding == asked
+    assert any(words in line for line in found.words)
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [(None, "input"), ("input", "input"), ("own", "own")])
+def test_max_pools_hand_on_their_input_s_grid_unless_they_are_to_have_their_own(asked, chosen):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2))
+    traced = trace(net.eval(), torch.zeros(1, 3, 8, 8))
+    found = _decide(traced, "fast", max_pool_grid=asked)
+    assert found.quantizers.max_pool_grid == chosen
+    assert any("max pools" in line for line in found.words) == (chosen == "input")
