@@ -8,16 +8,23 @@ now and then, a few in a million; layer after layer these move others, up to a f
 | the bias | is added to what the accumulator stands for in steps of the output | to the accumulator |
 | the ratio of scales | exact, rounded once to float32 | input times weight, by output, each rounded |
 | the zero point | is added before rounding | after it |
+| a sum rounded once | adds both products, each rounded | is two fused multiply-adds |
 """
 
 from __future__ import annotations
 
 import copy
 
+from torch import Tensor, fx, nn
+
 from qtool.errors import ConfigError
+from qtool.graph.neighbours import source_of
+from qtool.graph.trace import tensor_inputs
+from qtool.numerics.spec import QParams
 from qtool.quantizers.modules import QuantProduct
 from qtool.quantizers.plan import LayerPlan
 from qtool.quantizers.prepare import QuantizedModel
+from qtool.quantizers.rescaling import QuantAddOnce
 from qtool.quantizers.weighted import QuantWeighted
 
 # Integer kernels are of 8 bits; wider layers run in float there.
@@ -51,7 +58,60 @@ def simulation(model: QuantizedModel) -> QuantizedModel:
         requantize.offset = 0.0
         ratio = plan.accum_scale.float() / plan.output.scale.float()
         requantize.ratio = ratio.expand(requantize.ratio.numel()).reshape(requantize.ratio.shape).clone()
+    for node in copied.network.graph.nodes:
+        _replace_sum(copied, node)
     return copied
+
+
+class KernelSum(nn.Module):
+    """The sum of two tensors of 8 bits as onnxruntime's kernel computes it, in float32.
+
+    Args:
+        module: the sum as qtool computes it.
+        inputs: the two grids, in order.
+        output: that of the sum.
+    """
+
+    def __init__(self, module: QuantAddOnce, inputs: list[QParams], output: QParams) -> None:
+        super().__init__()
+        self.clamp = module.clamp
+        self.zero_points = [float(grid.zero_point) for grid in inputs]
+        self.output_zero_point = float(output.zero_point)
+        ratios = [grid.scale.float() / output.scale.float() for grid in inputs]
+        a, b = (ratio * z for ratio, z in zip(ratios, self.zero_points, strict=True))
+        self.ratios = [float(ratio) for ratio in ratios]
+        # What both zero points come to is one number, rounded to float32.
+        self.constant = float(self.output_zero_point - (a + b))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Centered integers of the sum, from those of what is added."""
+        # In float64 the products are exact, so that each sum is rounded once, as a fused multiply-add is.
+        total = ((b.double() + self.zero_points[1]) * self.ratios[1] + self.constant).float()
+        total = ((a.double() + self.zero_points[0]) * self.ratios[0] + total).float()
+        return self.clamp.apply_(total.round_().sub_(self.output_zero_point))
+
+
+def _replace_sum(model: QuantizedModel, node: fx.Node) -> None:
+    """Give a network onnxruntime's sum of two tensors, where that has a kernel for these."""
+    name = node.meta.get("layer")
+    module = model.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if name is None or not isinstance(module, QuantAddOnce) or module.saturates:
+        return
+    plan = model.plan.layers[name]
+    grids = [_grid(model, source, own) for source, own in zip(tensor_inputs(node), plan.inputs, strict=False)]
+    of_kernel = [grid for grid in (*grids, plan.output) if grid is not None]
+    signs = {grid.spec.quant_min < 0 for grid in of_kernel}
+    fits = len(grids) == 2 and len(of_kernel) == 3 and len(signs) == 1 and plan.everywhere_bits is None
+    if fits and all(grid.spec.num_bits <= KERNEL_BITS for grid in of_kernel):
+        assert plan.output is not None
+        sum_there = KernelSum(module, of_kernel[:2], plan.output)
+        model.network.set_submodule(str(node.target), sum_there.eval())
+
+
+def _grid(model: QuantizedModel, source: fx.Node, own: QParams | None) -> QParams | None:
+    """The grid of what a layer reads; None if that is not a layer's output."""
+    name = source_of(source).meta.get("layer")
+    return own if own is not None or name is None else model.plan.layers[name].output
 
 
 def _on_kernel(plan: LayerPlan) -> bool:

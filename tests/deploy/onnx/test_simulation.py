@@ -59,6 +59,29 @@ def test_every_integer_is_that_of_onnxruntime(add_rounding, per_channel, net, im
     assert set(differences(simulation(model), model, images).values()) == {0}
 
 
+class Sums(nn.Module):
+    """Sums of two convolutions, with other scales and zero points for each seed."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        for conv in (self.first, self.second):
+            conv.weight.data = torch.randn(8, 3, 1, 1, generator=generator)
+            conv.bias.data = torch.randn(8, generator=generator)
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+@needs_vnni
+@pytest.mark.parametrize("settings", [{}, {"bits_activations": 4}], ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_every_sum_is_that_of_onnxruntime(seed, settings, images):
+    model = quantized(Sums(seed).eval(), images, add_rounding="sum", **settings)
+    assert set(differences(simulation(model), model, images).values()) == {0}
+
+
 def test_the_simulation_itself_is_that_of_other_kernels(net, images):
     model = quantized(net, images)
     assert any(differences(model, model, images).values())
