@@ -13,15 +13,17 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from qtool.algorithms.bias_correction import NOT_FINITE, STEERED
+from qtool.algorithms.reconstruction import first_images
 from qtool.algorithms.records import CorrectionReport, LayerChange
 from qtool.graph.control import is_steered
+from qtool.graph.derivatives import random_signs, sums_of_images, values_for_derivatives
 from qtool.graph.fold import Folded
 from qtool.graph.neighbours import following_op
 from qtool.graph.trace import float_tensors
@@ -30,7 +32,7 @@ from qtool.numerics.affine import fake_quantize
 from qtool.numerics.spec import QParams
 from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.plan import FAKE, INTEGER, ModelPlan
-from qtool.quantizers.plan.derived import hands_on_grid
+from qtool.quantizers.plan.derived import hands_on_grid, value_grids
 
 METHOD = "activation_ranges"
 # What ranges are multiplied by: 0.5 to 1.41 in eighths of an octave.
@@ -84,22 +86,22 @@ class Site:
     node: fx.Node
     grid: QParams
 
-    def __post_init__(self) -> None:
-        self.at_outputs = torch.zeros(len(FACTORS), dtype=torch.float64)
-        self.of_its_own = torch.zeros(len(FACTORS), dtype=torch.float64)
+    at_outputs: Tensor = field(default_factory=lambda: torch.zeros(len(FACTORS), dtype=torch.float64))
+    of_its_own: Tensor = field(default_factory=lambda: torch.zeros(len(FACTORS), dtype=torch.float64))
 
-    def add(self, x: Tensor, gradients: Sequence[Tensor]) -> None:
+    def add(self, x: Tensor, gradients: Sequence[Tensor], images: int) -> None:
         """Count the errors of some images.
 
         Args:
-            x: the values, (N, ...).
+            x: the values.
             gradients: for each vector of signs, of x's shape.
+            images: how many there are.
         """
         for number, factor in enumerate(FACTORS):
             error = fake_quantize(x, replace(self.grid, scale=self.grid.scale * factor)) - x
             self.of_its_own[number] += error.square().sum(dtype=torch.float64)
             for gradient in gradients:
-                self.at_outputs[number] += (gradient * error).flatten(1).sum(1).double().square().sum()
+                self.at_outputs[number] += sums_of_images(gradient * error, self.node, images).square().sum()
 
     def best(self, own: float) -> int:
         """The number of the best factor; SAME where there is nothing to choose by."""
@@ -166,7 +168,7 @@ def _note(site: Site, best: int) -> str:
 
 def _sites(reference: fx.GraphModule, plan: ModelPlan, names: Collection[str]) -> dict[str, Site]:
     """The outputs whose ranges can be chosen, by layer; those handed on are chosen where they come from."""
-    left_out = hands_on_grid(reference, plan.layers)
+    left_out = hands_on_grid(value_grids(reference, plan.layers), plan.layers)
     found = {}
     for name, node, _ in traced_layers(reference):
         layer = plan.layers[name]
@@ -178,24 +180,6 @@ def _sites(reference: fx.GraphModule, plan: ModelPlan, names: Collection[str]) -
     return found
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a network and keeps the values of some nodes, with gradients."""
-
-    def __init__(self, network: fx.GraphModule, nodes: Collection[fx.Node]) -> None:
-        super().__init__(network)
-        self._nodes = frozenset(nodes)
-        self.values: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        """The node's value."""
-        value = super().run_node(n)
-        if n in self._nodes:
-            if not value.requires_grad:
-                value = value.detach().requires_grad_()
-            self.values[n] = value
-        return value
-
-
 def _measure(
     reference: fx.GraphModule,
     batches: Sequence[Tensor],
@@ -204,25 +188,15 @@ def _measure(
 ) -> None:
     """Count the errors of all sites."""
     signs = torch.Generator().manual_seed(settings.seed)
-    for images in _chunks(batches, settings.images):
-        recorder = _Recorder(reference, [site.node for site in sites])
-        with torch.enable_grad():
-            outputs = [y for y in float_tensors(recorder.run(images)) if y.requires_grad]
-        values = [recorder.values[site.node] for site in sites]
+    ends = [site.node for site in sites]
+    for images in torch.split(torch.cat(first_images(batches, settings.images)), CHUNK):
+        values, output = values_for_derivatives(reference, images, ends)
+        outputs = [y for y in float_tensors(output) if y.requires_grad]
         gradients = []
         for _ in range(settings.probes if outputs else 0):
-            r = [(torch.randint(0, 2, y.shape, generator=signs) * 2 - 1).to(y) for y in outputs]
-            gradients.append(torch.autograd.grad(outputs, values, r, retain_graph=True, allow_unused=True))
-        for number, (site, value) in enumerate(zip(sites, values, strict=True)):
-            found = [of_all[number] for of_all in gradients]
-            site.add(value.detach(), [gradient for gradient in found if gradient is not None])
-
-
-def _chunks(batches: Sequence[Tensor], count: int) -> Iterator[Tensor]:
-    """The first images, CHUNK at a time."""
-    taken: list[Tensor] = []
-    for batch in batches:
-        taken.append(batch[: count - sum(len(one) for one in taken)])
-    images = torch.cat(taken)
-    for start in range(0, len(images), CHUNK):
-        yield images[start : start + CHUNK]
+            r = [random_signs(y.detach(), signs) for y in outputs]
+            asked = [values[end] for end in ends]
+            gradients.append(torch.autograd.grad(outputs, asked, r, retain_graph=True, allow_unused=True))
+        for site, *found in zip(sites, *gradients, strict=True):
+            known = [gradient for gradient in found if gradient is not None]
+            site.add(values[site.node].detach(), known, len(images))

@@ -66,7 +66,7 @@ def adjusted(
     _check(plan, weights, outputs)
     _check_inputs(plan, inputs)
     before = value_grids(traced, plan.layers)
-    handed_on = hands_on_grid(traced, plan.layers)
+    handed_on = hands_on_grid(before, plan.layers)
     modules = {name: module for name, _, module in layers(traced)}
     grids: dict[fx.Node, QParams | None] = {}
     found = dict(plan.layers)

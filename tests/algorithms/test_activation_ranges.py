@@ -59,7 +59,7 @@ def test_random_signs_find_the_squared_error_of_a_linear_network_s_outputs(uneve
     site = Site(node, uneven.plan.layers["first"].output)
     probes = 4000
     signs = [(torch.randint(0, 2, (16, 6), generator=generator) * 2 - 1).float() for _ in range(probes)]
-    site.add(x, [r @ weight for r in signs])
+    site.add(x, [r @ weight for r in signs], len(x))
     for number, factor in enumerate(FACTORS):
         grid = replace(site.grid, scale=site.grid.scale * factor)
         error = fake_quantize(x, grid) - x
@@ -135,7 +135,7 @@ def test_values_that_are_not_finite_are_left_alone(uneven):
 
 def test_a_tensor_without_an_error_keeps_its_range(uneven):
     site = Site(next(iter(uneven.reference.graph.nodes)), uneven.plan.layers["first"].output)
-    site.add(torch.zeros(2, 8), [torch.ones(2, 8)])
+    site.add(torch.zeros(2, 8), [torch.ones(2, 8)], 2)
     assert site.best(0.3) == SAME
 
 

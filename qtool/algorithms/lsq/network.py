@@ -18,7 +18,7 @@ from qtool.graph.fold import Folded, restore_layout
 from qtool.graph.trace import layers
 from qtool.quantizers.adjust import adjusted
 from qtool.quantizers.plan import CAST, EMBEDDING, FLOAT, WEIGHTED, WEIGHTS_ONLY, LayerPlan, ModelPlan
-from qtool.quantizers.plan.derived import hands_on_grid
+from qtool.quantizers.plan.derived import hands_on_grid, value_grids
 from qtool.quantizers.weights import fake_quantize_bias
 
 LEARNED, EMA = "learned", "ema"
@@ -60,7 +60,7 @@ class TrainedNetwork:
         self.outputs: dict[str, TrainedGrid] = {}
         self.inputs: dict[tuple[str, int], TrainedGrid] = {}
         kind = LearnedStep if ranges == LEARNED else MovingRange
-        handed_on = hands_on_grid(folded.traced, plan.layers)
+        handed_on = hands_on_grid(value_grids(folded.traced, plan.layers), plan.layers)
         for name, _, module in layers(folded.traced):
             layer = plan.layers[name]
             if layer.op in WEIGHTED:

@@ -17,7 +17,7 @@ from qtool.algorithms.rounding.soft import SoftIntegers
 from qtool.algorithms.simulation import Masks, SimulatedGrid, SimulatedWeight, Simulation
 from qtool.graph.fold import output_channels_first, restore_layout
 from qtool.quantizers.plan import CAST, EMBEDDING, WEIGHTED, LayerPlan
-from qtool.quantizers.plan.derived import hands_on_grid
+from qtool.quantizers.plan.derived import hands_on_grid, value_grids
 from qtool.quantizers.weights import weight_values
 
 
@@ -118,7 +118,7 @@ class SimulatedBlock:
         self.outputs: dict[str, LearnedGrid] = {}
         fixed: dict[str, SimulatedWeight] = {}
         fresh: dict[tuple[str, int], SimulatedGrid] = {}
-        handed_on = hands_on_grid(traced, plans)
+        handed_on = hands_on_grid(value_grids(traced, plans), plans)
         for node in block.nodes:
             name = node.meta.get("layer")
             if name is None:

@@ -18,11 +18,11 @@ import copy
 from torch import Tensor, fx, nn
 
 from qtool.errors import ConfigError
-from qtool.graph.neighbours import source_of
-from qtool.graph.trace import tensor_inputs
+from qtool.graph.trace import layers
 from qtool.numerics.spec import QParams
 from qtool.quantizers.modules import QuantProduct
 from qtool.quantizers.plan import LayerPlan
+from qtool.quantizers.plan.derived import NodeGrids, grids_read, value_grids
 from qtool.quantizers.prepare import QuantizedModel
 from qtool.quantizers.rescaling import QuantAddOnce
 from qtool.quantizers.weighted import QuantWeighted
@@ -58,8 +58,10 @@ def simulation(model: QuantizedModel) -> QuantizedModel:
         requantize.offset = 0.0
         ratio = plan.accum_scale.float() / plan.output.scale.float()
         requantize.ratio = ratio.expand(requantize.ratio.numel()).reshape(requantize.ratio.shape).clone()
-    for node in copied.network.graph.nodes:
-        _replace_sum(copied, node)
+    grids = value_grids(copied.network, copied.plan.layers)
+    for _, node, module in layers(copied.network):
+        if isinstance(module, QuantAddOnce):
+            _replace_sum(copied, node, module, grids)
     return copied
 
 
@@ -91,27 +93,21 @@ class KernelSum(nn.Module):
         return self.clamp.apply_(total.round_().sub_(self.output_zero_point))
 
 
-def _replace_sum(model: QuantizedModel, node: fx.Node) -> None:
+def _replace_sum(model: QuantizedModel, node: fx.Node, module: QuantAddOnce, grids: NodeGrids) -> None:
     """Give a network onnxruntime's sum of two tensors, where that has a kernel for these."""
-    name = node.meta.get("layer")
-    module = model.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if name is None or not isinstance(module, QuantAddOnce) or module.saturates:
-        return
-    plan = model.plan.layers[name]
-    grids = [_grid(model, source, own) for source, own in zip(tensor_inputs(node), plan.inputs, strict=False)]
-    of_kernel = [grid for grid in (*grids, plan.output) if grid is not None]
-    signs = {grid.spec.quant_min < 0 for grid in of_kernel}
-    fits = len(grids) == 2 and len(of_kernel) == 3 and len(signs) == 1 and plan.everywhere_bits is None
-    if fits and all(grid.spec.num_bits <= KERNEL_BITS for grid in of_kernel):
-        assert plan.output is not None
-        sum_there = KernelSum(module, of_kernel[:2], plan.output)
-        model.network.set_submodule(str(node.target), sum_there.eval())
-
-
-def _grid(model: QuantizedModel, source: fx.Node, own: QParams | None) -> QParams | None:
-    """The grid of what a layer reads; None if that is not a layer's output."""
-    name = source_of(source).meta.get("layer")
-    return own if own is not None or name is None else model.plan.layers[name].output
+    plan = model.plan.layers[node.meta["layer"]]
+    read = grids_read(node, plan, grids)
+    known = [grid for grid in (*read, plan.output) if grid is not None and grid.spec.num_bits <= KERNEL_BITS]
+    one_sign = len({grid.spec.quant_min < 0 for grid in known}) == 1
+    if (
+        len(read) == 2
+        and len(known) == 3
+        and one_sign
+        and plan.everywhere_bits is None
+        and not module.saturates
+    ):
+        *inputs, output = known
+        model.network.set_submodule(str(node.target), KernelSum(module, inputs, output).eval())
 
 
 def _on_kernel(plan: LayerPlan) -> bool:

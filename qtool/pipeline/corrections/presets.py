@@ -105,9 +105,8 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     """What a preset stands for here.
 
     Bits, modes and granularity stay as they were asked for; so do an estimator, and roundings of sums and max
-    pools, that were chosen. Where
-    Distiller rounds and kernels need not, at the summands of an addition, behind max pools and at the
-    output, it is left out.
+    pools, that were chosen. Where Distiller rounds and kernels need not, at the summands of an addition,
+    behind max pools and at the output, it is left out.
     """
     words: list[str] = []
     methods: list[CorrectionConfig] = []

@@ -47,14 +47,18 @@ def value_grids(traced: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> dict[
     return grids
 
 
-def hands_on_grid(traced: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> frozenset[str]:
-    """The layers whose output is on the very grid that they read, as a max pool's can be, by name."""
-    grids = value_grids(traced, plans)
+def hands_on_grid(grids: NodeGrids, plans: Mapping[str, LayerPlan]) -> frozenset[str]:
+    """The layers whose output is on the very grid that they read, as a max pool's can be, by name.
+
+    Args:
+        grids: from value_grids.
+        plans: of the same network.
+    """
     found = set()
-    for node in traced.graph.nodes:
+    for node, grid in grids.items():
         name = node.meta.get("layer")
-        if name is not None and plans[name].kind == FAKE and plans[name].output is not None:
-            found |= {name for source in tensor_inputs(node)[:1] if grids[source] is plans[name].output}
+        if grid is not None and name is not None and plans[name].kind == FAKE:
+            found |= {name for source in tensor_inputs(node)[:1] if grids[source] is grid}
     return frozenset(found)
 
 

@@ -19,13 +19,13 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from qtool.graph.examples import placeholder_values
+from qtool.graph.derivatives import random_signs, sums_of_images, values_for_derivatives
 from qtool.numerics.logits import logits_of
 from qtool.search.sensitivity.points import Plans, Point
 from qtool.search.sensitivity.rounded import rounded_layers
@@ -95,8 +95,8 @@ def harm_of_errors(
     harm = torch.zeros(len(sources), dtype=torch.float64)
     signal, count = 0.0, 0
     for chunk in _chunks(images):
+        values, output = values_for_derivatives(network, chunk, ends)
         with torch.enable_grad():
-            values, output = _values(network, chunk, frozenset(ends))
             logits = logits_of(output)
         signal += float(logits.detach().double().square().sum())
         count += len(chunk)
@@ -119,29 +119,6 @@ def _chunks(images: Sequence[Tensor]) -> Iterator[Tensor]:
     return (chunk for batch in images for chunk in torch.split(batch, CHUNK))
 
 
-class _Recording(fx.Interpreter):
-    """Runs a network and cuts nothing, with the values of some nodes as what derivatives are taken by."""
-
-    def __init__(self, network: fx.GraphModule, ends: Collection[fx.Node]) -> None:
-        super().__init__(network, garbage_collect_values=False)
-        self.ends = ends
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.ends and not value.requires_grad:
-            value = value.detach().requires_grad_(True)  # nothing in front of it needs derivatives
-        return value
-
-
-def _values(
-    network: fx.GraphModule, images: Tensor, ends: frozenset[fx.Node]
-) -> tuple[dict[fx.Node, Any], Any]:
-    """The value of every node, and the output."""
-    interpreter = _Recording(network, ends)
-    output = interpreter.run(*placeholder_values(network, images), enable_io_processing=False)
-    return interpreter.env, network.graph.process_outputs(output)
-
-
 def _errors(group: Sequence[ErrorSource], values: dict[fx.Node, Any]) -> list[tuple[fx.Node, Tensor]]:
     with torch.no_grad():
         return [(layer.end, layer.error(values)) for layer in group]
@@ -149,7 +126,7 @@ def _errors(group: Sequence[ErrorSource], values: dict[fx.Node, Any]) -> list[tu
 
 def _directions(logits: Tensor, metric: str, generator: torch.Generator) -> Tensor:
     """Random vectors of the covariance that a metric asks for, (N, C)."""
-    signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
+    signs = random_signs(logits, generator)
     if metric == SQNR:
         return signs
     p = logits.softmax(1)
@@ -165,25 +142,9 @@ def _moved(
     for end, error in errors:
         gradient = gradients[end]
         if gradient is not None:
-            parts.append(_of_images(gradient * error, end, images))
+            parts.append(sums_of_images(gradient * error, end, images))
     if not parts:
         return torch.zeros(1, dtype=torch.float64)
     if any(len(part) == 1 for part in parts):
         parts = [part.sum(0, keepdim=True) for part in parts]
     return torch.stack(parts).sum(0)
-
-
-def _of_images(product: Tensor, node: fx.Node, images: int) -> Tensor:
-    """The sum of each image's entries, (N,); of all, (1,), where it cannot be told which are whose.
-
-    The axis of the images is the one that differs from the example that the network was traced with, in
-    windows of an image by a multiple. A sum over all is as right on average, as the signs of images are
-    independent, and varies more.
-    """
-    example = node.meta["value"].shape
-    grown = [axis for axis, size in enumerate(product.shape) if size != example[axis]]
-    if len(grown) != 1 or product.shape[grown[0]] % images:
-        return product.sum().double().reshape(1)
-    others = [axis for axis in range(product.dim()) if axis != grown[0]]
-    each = product.sum(others) if others else product  # without a copy in another order in memory
-    return each.double().reshape(images, -1).sum(1)
