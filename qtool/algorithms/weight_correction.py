@@ -20,7 +20,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,13 +30,13 @@ from qtool.algorithms.channel_means import MeanInput, mean_output
 from qtool.algorithms.records import CorrectionReport, LayerChange, relative_change
 from qtool.graph.control import is_steered
 from qtool.graph.fold import Folded, output_channels_first, restore_layout
-from qtool.numerics.affine import along_axis, approximate_multiplier, dequantize, quantize
+from qtool.numerics.affine import along_axis, dequantize, quantize
 from qtool.numerics.spec import QParams
 from qtool.quantizers.lockstep import Lockstep, Moment, float_bias
 from qtool.quantizers.plan import ModelPlan
 from qtool.quantizers.plan.derived import saturates
 from qtool.quantizers.weighted import weighted_function
-from qtool.quantizers.weights import integer_dtype, weight_values
+from qtool.quantizers.weights import integer_dtype, scaled_grid, weight_values
 
 METHOD = "weight_correction"
 FORMS = ("fold", "requantize")
@@ -199,7 +199,7 @@ def _folded(lockstep: Lockstep, moment: Moment, factor: str) -> LayerChange | st
     if not bool(torch.isfinite(added).all()):
         return NOT_FINITE
     if per_channel:
-        lockstep.change(name, weight=_scaled(grid, xi, lockstep.plan.layers[name].scale_approx_bits))
+        lockstep.change(name, weight=scaled_grid(grid, xi, lockstep.plan.layers[name].scale_approx_bits))
     saturated = saturates(lockstep.plan.layers[name], old + added)
     new = torch.where(saturated, old, old + added).float()
     if not per_channel and torch.equal(new, old.float()):
@@ -233,21 +233,6 @@ def _integers(lockstep: Lockstep, name: str) -> tuple[QParams, Tensor]:
     plan = lockstep.plan.layers[name]
     assert plan.weight is not None and plan.weight_q is not None
     return plan.weight, plan.weight_q
-
-
-def _scaled(grid: QParams, xi: Tensor, approx_bits: int | None) -> QParams:
-    """A per-channel grid with its scales times xi; approximated where they are."""
-    scale = grid.scale.double() * xi
-    if approx_bits is not None and _is_approximated(grid.scale, approx_bits):
-        scale = 1 / approximate_multiplier(1 / scale, approx_bits)
-    return replace(grid, scale=scale.float())
-
-
-def _is_approximated(scale: Tensor, bits: int) -> bool:
-    """Whether all scales are multipliers of so many bits, as --qe-scale-approx-everywhere makes them."""
-    mantissa, _ = torch.frexp(1 / scale.double())
-    integers = mantissa * 2**bits
-    return bool(((integers - integers.round()).abs() < 2.0 ** (bits - 20)).all())
 
 
 def _sum_of_inputs(module: nn.Module, read: MeanInput, factor: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from qtool.errors import ConfigError
 from qtool.graph.fold import output_channels_first, restore_layout
-from qtool.numerics.affine import along_axis, dequantize, qparams_from_range, quantize
+from qtool.numerics.affine import (
+    along_axis,
+    approximate_multiplier,
+    dequantize,
+    qparams_from_range,
+    quantize,
+)
 from qtool.numerics.clipping import range_of_tensor
 from qtool.numerics.spec import LayerSpec, QParams, QuantSpec
 
@@ -60,6 +66,28 @@ def weight_grid(name: str, module: nn.Module, grid: QuantSpec, asked: LayerSpec)
         return qparams_from_range(x_min, x_max, grid, asked.everywhere_bits)
     except ValueError as error:  # numbers at the end of float32's range
         raise ConfigError(f"layer {name!r}: its weight has no grid: {error}; check the checkpoint") from error
+
+
+def scaled_grid(grid: QParams, factors: Tensor, approx_bits: int | None) -> QParams:
+    """A per-channel grid with other scales, on which integers stay the same.
+
+    Args:
+        grid: of a weight.
+        factors: (C,), of the scales.
+        approx_bits: of the multiplier that scales of the layer are, where they are approximated; so are
+            those that are found.
+    """
+    scale = grid.scale.double() * factors
+    if approx_bits is not None and _is_approximated(grid.scale, approx_bits):
+        scale = 1 / approximate_multiplier(1 / scale, approx_bits)
+    return replace(grid, scale=scale.float())
+
+
+def _is_approximated(scale: Tensor, bits: int) -> bool:
+    """Whether all scales are multipliers of so many bits, as --qe-scale-approx-everywhere makes them."""
+    mantissa, _ = torch.frexp(1 / scale.double())
+    integers = mantissa * 2**bits
+    return bool(((integers - integers.round()).abs() < 2.0 ** (bits - 20)).all())
 
 
 def integer_dtype(spec: QuantSpec) -> torch.dtype:

@@ -139,7 +139,8 @@ def learn_integers(
     if form.wanted is not None:
         bias = form.best_bias(form.wanted) if problem.follows else problem.bias
         cached = replace(cached, y=outputs(cached.x, form.wanted.float(), bias.float()))
-    fed = choose_integers(problem, form, GptqSettings(target=settings.target, bias=settings.bias))
+    on_its_grid = GptqSettings(target=settings.target, bias=settings.bias, search_scales=False)
+    fed = choose_integers(problem, form, on_its_grid)
     start = fed.centered if settings.start == "gptq" else problem.given
     start_bias = _bias(problem, form, start)
     if activation is None:

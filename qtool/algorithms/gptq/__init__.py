@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qtool.algorithms.gptq.solve import descend, feed_errors
+from qtool.algorithms.gptq.scales import refitted_steps, search_steps
+from qtool.algorithms.gptq.solve import Feedback, descend
 from qtool.algorithms.progress import ShowProgress
 from qtool.algorithms.records import CorrectionReport
 from qtool.algorithms.rounding.passes import Choice, Method, NotFiniteError, Rows, round_layers
@@ -38,6 +39,7 @@ class GptqSettings:
             images less.
         act_order: whether inputs are rounded in the order of their power, the largest first.
         sweeps: at most so many passes of descent behind it, 0 for none.
+        search_scales: whether the scales of a weight with one for each output channel are chosen too.
         rows: output positions of a layer that are looked at, in all images together.
         bias: whether the bias follows the weights.
         max_inputs: layers with more inputs per output are left alone; the Hessian has as many rows.
@@ -51,6 +53,7 @@ class GptqSettings:
     damping: float = 0.1
     act_order: bool = True
     sweeps: int = 10
+    search_scales: bool = True
     rows: int = 16384
     bias: bool = True
     max_inputs: int = 8192
@@ -123,26 +126,45 @@ def choose_integers(problem: Problem, quadratic: Quadratic, settings: GptqSettin
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
     if not settings.act_order:
         order = torch.arange(diagonal.shape[1]).expand_as(order)
-    found = feed_errors(linear, hessian, grid.low, grid.high, order)
-    if settings.sweeps:
-        found = descend(found, hessian, linear, grid.low, grid.high, settings.sweeps)
-    return better_rows(problem, quadratic, found.double())
+    feedback = Feedback(linear, hessian, order)
+
+    def descended(found: Tensor, steps: Tensor) -> Tensor:
+        return descend(found, hessian, linear / steps, grid.low, grid.high, settings.sweeps)
+
+    searched = settings.search_scales and problem.per_channel
+    steps = search_steps(problem, feedback) if searched else torch.ones_like(grid.scale)
+    found = descended(feedback.integers(steps, grid.low, grid.high)[0], steps)
+    if searched:
+        steps = problem.steps(refitted_steps(linear, hessian, found, steps.squeeze(2)))
+        found = descended(found, steps)
+    return better_rows(problem, quadratic, found.double(), steps)
 
 
-def better_rows(problem: Problem, quadratic: Quadratic, found: Tensor) -> Choice:
-    """Of each output channel the better of the integers found and those that it has."""
-    given, new = problem.values(problem.given), problem.values(found)
-    kept = quadratic.losses(new) > quadratic.losses(given)
-    centered = torch.where(kept.unsqueeze(2), problem.given, found)
-    values = problem.values(centered)
+def better_rows(problem: Problem, quadratic: Quadratic, found: Tensor, steps: Tensor) -> Choice:
+    """Of each output channel the better of the integers found and those that it has.
+
+    Args:
+        problem: the layer.
+        quadratic: its loss.
+        found: (G, R, K), integers.
+        steps: (G, R, 1), what a step of theirs is worth, in steps of the grid that the layer has.
+    """
+    given, new = problem.values(problem.given), problem.values(found) * steps
+    kept = (quadratic.losses(new) > quadratic.losses(given)).unsqueeze(2)
+    centered = torch.where(kept, problem.given, found)
+    values = torch.where(kept, given, new)
+    steps = torch.where(kept, 1.0, steps)
     # The share of the outputs as they are: with their means, where these were taken off.
     power = quadratic.power / quadratic.count
     if quadratic.centered:
         power = power + quadratic.mean_y.square()
+    others = bool((steps != 1).any())
     total = max(float(power.sum()), torch.finfo(torch.float64).tiny)
     return Choice(
         centered,
         quadratic.best_bias(values) if problem.follows else None,
         float(quadratic.losses(given, problem.bias).sum()) / total,
         float(quadratic.losses(values).sum()) / total,
+        {", scales times {:.3g} on average": float(steps.mean())} if others else {},
+        problem.grid.scale * steps if others else None,
     )

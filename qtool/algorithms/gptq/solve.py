@@ -1,6 +1,7 @@
 """Integers that minimize a quadratic form: one column after another with error feedback, then descent.
 
-All in units of the grid: rows u of real numbers, integers q within limits, the loss is (u - q) H (u - q).
+Rows u of real numbers, integers q within limits, the loss is (u - q) H (u - q). All in units of a grid; on
+another, whose steps are s of these, it is (u - q s) H (u - q s).
 """
 
 from __future__ import annotations
@@ -11,24 +12,18 @@ from torch import Tensor
 BLOCK = 128
 
 
-def feed_errors(
-    linear: Tensor, hessian: Tensor, low: Tensor, high: Tensor, order: Tensor, block: int = BLOCK
-) -> Tensor:
-    """Round one column after another, and let the columns that follow make up for the errors.
+class Feedback:
+    """Rounds one column after another, and lets the columns that follow make up for the errors.
 
     GPTQ goes forward with a factor of the inverse of H. Going backward with that of H itself gives the
-    same integers without the inverse: with H = L L^T the loss is the square of (u - q) L, of which
+    same integers without the inverse: with H = L L^T the loss is the square of (u - q s) L, of which
     column j depends on the columns from j on only, so j is rounded to what undoes those.
 
     Args:
         linear: (G, R, K), u H, float64.
         hessian: (G, K, K), H, positive definite, float64.
-        low, high: (G, R, 1), limits of the integers.
         order: (G, K), the columns, in the order in which they are rounded.
         block: columns whose errors reach the others by one matrix product.
-
-    Returns:
-        (G, R, K), q, integers held in float32.
 
     Raises:
         torch.linalg.LinAlgError: if H is not positive definite.
@@ -36,23 +31,38 @@ def feed_errors(
     Reference:
         Frantar et al. 2022, arXiv:2210.17323, section 3; Babai 1986, the nearest plane.
     """
-    backward = order.flip(1)
-    ordered = _along(_along(hessian, backward, 1), backward, 2)
-    factor = torch.linalg.cholesky(ordered)
-    # What an error of column i adds to what column j < i is rounded from.
-    feed = (factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(1)).float()
-    u = torch.cholesky_solve(_along(linear, backward, 2).mT, factor).mT.float()
-    low, high = low.float(), high.float()
-    wanted, errors, q = u.clone(), torch.empty_like(u), torch.empty_like(u)
-    for stop in range(u.shape[2], 0, -block):
-        start = max(0, stop - block)
-        for j in range(stop - 1, start - 1, -1):
-            column = slice(j, j + 1)
-            q[..., column] = torch.round(wanted[..., column]).clamp_(low, high)
-            errors[..., column] = u[..., column] - q[..., column]
-            wanted[..., start:j] += errors[..., column] * feed[:, column, start:j]
-        wanted[..., :start] += errors[..., start:stop] @ feed[:, start:stop, :start]
-    return torch.empty_like(q).scatter_(2, backward.unsqueeze(1).expand_as(q), q)
+
+    def __init__(self, linear: Tensor, hessian: Tensor, order: Tensor, block: int = BLOCK) -> None:
+        self._backward, self._block = order.flip(1), block
+        factor = torch.linalg.cholesky(_along(_along(hessian, self._backward, 1), self._backward, 2))
+        self._diagonal = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(1)  # (G, 1, K)
+        # What an error of column i adds to what column j < i is rounded from.
+        self._feed = (factor / self._diagonal).float()
+        self._rows = torch.cholesky_solve(_along(linear, self._backward, 2).mT, factor).mT
+
+    def integers(self, steps: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of all rows.
+
+        Args:
+            steps: (G, R, 1), s.
+            low, high: (G, R, 1), limits of the integers.
+
+        Returns:
+            (G, R, K), q, integers held in float32; and the loss (u - q s) H (u - q s), (G, R), float64.
+        """
+        u, feed = (self._rows / steps).float(), self._feed
+        low, high = low.float(), high.float()
+        wanted, errors, q = u.clone(), torch.empty_like(u), torch.empty_like(u)
+        for stop in range(u.shape[2], 0, -self._block):
+            start = max(0, stop - self._block)
+            for j in range(stop - 1, start - 1, -1):
+                column = slice(j, j + 1)
+                q[..., column] = torch.round(wanted[..., column]).clamp_(low, high)
+                errors[..., column] = u[..., column] - q[..., column]
+                wanted[..., start:j] += errors[..., column] * feed[:, column, start:j]
+            wanted[..., :start] += errors[..., start:stop] @ feed[:, start:stop, :start]
+        losses = ((wanted - q) * self._diagonal * steps).square().sum(dim=2)
+        return torch.empty_like(q).scatter_(2, self._backward.unsqueeze(1).expand_as(q), q), losses
 
 
 def descend(

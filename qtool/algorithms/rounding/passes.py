@@ -33,6 +33,7 @@ class Choice:
         bias: (G, R), None leaves it.
         before, after: the mean squared error as a share of the mean square of the outputs.
         numbers: more to report, by a text with a place for each.
+        scale: (G, R, 1), of the weight's grid; None leaves it.
     """
 
     centered: Tensor
@@ -40,6 +41,7 @@ class Choice:
     before: float
     after: float
     numbers: Mapping[str, float] = field(default_factory=dict)
+    scale: Tensor | None = None
 
 
 Rows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -130,7 +132,7 @@ def _shape(module: nn.Module) -> torch.Size:
 def _found(
     method: Method, moment: Moment, module: nn.Module, number: int, meter: Meter
 ) -> dict[str, Tensor] | None:
-    """What is kept of a layer: integers, bias, numbers for the report; None where there is NaN."""
+    """What is kept of a layer: integers, bias, scales, numbers for the report; None where there is NaN."""
     sampling = replace(method.sampling, seed=method.sampling.seed * SEEDS_APART + number)
     problem = Problem.of(moment, module, sampling.bias)
     try:
@@ -144,6 +146,8 @@ def _found(
     entry = {"weight_q": weight_q}
     if choice.bias is not None:
         entry["bias"] = choice.bias.flatten().float()
+    if choice.scale is not None:
+        entry["scale"] = choice.scale.flatten().float()
     differ = 100 * float((weight_q != moment.plan.weight_q).double().mean())
     numbers = {
         "loss {:.3g}": choice.before,
@@ -158,10 +162,11 @@ def _applied(lockstep: Lockstep, moment: Moment, entry: Mapping[str, Tensor]) ->
     """Give a layer what was found for it."""
     grid, before, weight_q = moment.plan.weight, moment.plan.weight_q, entry["weight_q"]
     assert grid is not None and before is not None
-    lockstep.change(moment.name, weight_q=weight_q, bias=entry.get("bias"))
+    new = replace(grid, scale=entry["scale"]) if "scale" in entry else grid
+    lockstep.change(moment.name, weight_q=weight_q, bias=entry.get("bias"), weight=new)
     note = "".join(text.format(float(value)) for text, value in entry.items() if "{" in text)
-    values = [weight_values(grid, integers) for integers in (weight_q, before)]
-    return LayerChange(moment.name, relative_change(*values), note)
+    size = relative_change(weight_values(new, weight_q), weight_values(grid, before))
+    return LayerChange(moment.name, size, note)
 
 
 class NotFiniteError(ValueError):

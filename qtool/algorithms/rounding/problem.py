@@ -14,6 +14,7 @@ from qtool.algorithms.rounding.quadratic import Quadratic, Sums
 from qtool.algorithms.rounding.rows import choose_positions, grouped, groups_of, rows_at
 from qtool.quantizers.lockstep import Moment, float_bias
 from qtool.quantizers.plan import LayerPlan
+from qtool.quantizers.weights import scaled_grid
 
 BLENDED, SYMMETRIC = "blended", "symmetric"
 TARGETS = (BLENDED, "asymmetric", SYMMETRIC)
@@ -83,6 +84,21 @@ class Problem:
     def values(self, centered: Tensor) -> Tensor:
         """The weight that centered integers stand for, (G, R, K), float64."""
         return centered.double() * self.grid.scale
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each output channel has a scale of its own."""
+        return self.plan.weight is not None and self.plan.weight.spec.axis is not None
+
+    def steps(self, factors: Tensor) -> Tensor:
+        """What a step is worth in steps of the grid, where scales are (G, R) factors of those that it has.
+
+        Returns:
+            (G, R, 1), the factors but for what a scale cannot be.
+        """
+        assert self.plan.weight is not None
+        weight = scaled_grid(self.plan.weight, factors.flatten(), self.plan.scale_approx_bits)
+        return weight.scale.double().reshape(self.grid.scale.shape) / self.grid.scale
 
 
 def pairs_of_rows(moment: Moment, module: nn.Module, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:

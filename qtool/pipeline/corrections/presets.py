@@ -26,7 +26,6 @@ OF_PRESET = {
 # With so few bits of activations all presets fuse sums, and GPTQ's own biases can be better than equal means.
 FEW_BITS = 5
 SETTINGS: dict[str, dict[str, Any]] = {"weight_correction": {"factor": PROJECTION}}
-TRIED = {"only_if_better": True}
 SUMS = {
     "inputs": "each summand is rounded at the scale of the sum",
     "sum": "sums are rounded once",
@@ -115,12 +114,22 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
     if traits.weight_bits is None:
         words.append("weights stay in float, and with them their biases")
     else:
-        few = (traits.activation_bits or 32) <= FEW_BITS
         for name in OF_PRESET[preset]:
-            tried = preset == BEST and few and name == "bias_correction"
-            methods.append(_method(name, **(TRIED if tried else SETTINGS.get(name, {}))))
-            words.append(WORDS[name] + (", unless the network's outputs lose by it" if tried else ""))
+            settings, more = _settings(preset, name, traits.weight_bits, traits.activation_bits or 32)
+            methods.append(_method(name, **settings))
+            words.append(WORDS[name] + more)
     return Choice(quantizers, tuple(methods), tuple(words))
+
+
+def _settings(preset: str, name: str, weight_bits: int, activation_bits: int) -> tuple[dict[str, Any], str]:
+    """The settings of a method, and what is to be said of them."""
+    if preset == BEST and name == "bias_correction" and activation_bits <= FEW_BITS:
+        return {"only_if_better": True}, ", unless the network's outputs lose by it"
+    if name == "gptq":
+        # With as many bits for activations their errors are the larger ones, and other steps give no more.
+        searched = weight_bits < activation_bits
+        return {"search_scales": searched}, ", with their scales" if searched else ""
+    return SETTINGS.get(name, {}), ""
 
 
 def _estimators(quantizers: QuantizeConfig, words: list[str]) -> QuantizeConfig:

@@ -59,7 +59,8 @@ def test_no_channel_of_any_layer_gets_worse(tiny_net, tiny_batches, planned_w4, 
         form = quadratic_of(problem, rows, target)
         choice = choose_integers(problem, form, GptqSettings(target=target, bias=bias, damping=0.01))
         before = form.losses(problem.values(problem.given))
-        after = form.losses(problem.values(choice.centered))
+        steps = 1.0 if choice.scale is None else choice.scale / problem.grid.scale
+        after = form.losses(problem.values(choice.centered) * steps)
         assert bool((after <= before).all())
         assert choice.after <= choice.before
         better += float(after.sum()) < 0.95 * float(before.sum())
@@ -105,12 +106,52 @@ def test_a_grouped_convolution_is_solved_as_its_groups_would_be():
         grid = RowGrid(scale, torch.full_like(scale, -8.0), torch.full_like(scale, 7.0))
         sums = Sums(*w.shape)
         sums.add(x[groups], y[groups])
+        settings = GptqSettings(search_scales=False)
         problem = Problem("conv", None, len(w), grid, w, grid.nearest(w), torch.zeros(w.shape[:2]), False)
-        return choose_integers(problem, sums.quadratic(centered=False), GptqSettings()).centered
+        return choose_integers(problem, sums.quadratic(centered=False), settings).centered
 
     together = solve(slice(0, 2))
     assert torch.equal(together, torch.cat([solve(slice(0, 1)), solve(slice(1, 2))]))
     assert not torch.equal(together, (weight / weight.abs().amax(2, keepdim=True) * 7).round())
+
+
+def _losses(report):
+    """What layers lost of their outputs' power, before and after."""
+    shares = [change.note[5:].split(" of the")[0].split(" -> ") for change in report.changed]
+    return [[float(part) for part in share] for share in shares]
+
+
+def test_scales_that_are_searched_lose_less(tiny_net, tiny_batches, planned_w4):
+    after = []
+    for searched in (False, True):
+        settings = GptqSettings(damping=1e-6, search_scales=searched)
+        (_, plan), (_, new, report) = _run(
+            planned_w4, tiny_net, tiny_batches, settings, ["conv1"], per_channel_weights=True
+        )
+        after.append(_losses(report)[0][1])
+        given, grid = plan.layers["conv1"].weight, new.layers["conv1"].weight
+        ratios = grid.scale / given.scale
+        assert (grid.spec, bool((grid.zero_point == given.zero_point).all())) == (given.spec, True)
+        assert bool((ratios != 1).any()) is searched
+        assert bool((ratios > 0.69).all() & (ratios < 1.21).all())
+        assert (" scales times " in report.changed[0].note) is searched
+    assert after[1] < 0.95 * after[0]
+
+
+def test_a_weight_with_one_grid_keeps_it(tiny_net, tiny_batches, planned_w4):
+    (_, plan), (_, new, _) = _run(planned_w4, tiny_net, tiny_batches)
+    for name in ("conv1", "depthwise", "fc"):
+        assert new.layers[name].weight is plan.layers[name].weight
+
+
+def test_approximated_scales_stay_so(tiny_net, tiny_batches, planned_w4):
+    """All scales that are found are multipliers of as many bits as those in front of them."""
+    config = {"per_channel_weights": True, "scale_approx_bits": 8, "scale_approx_everywhere": True}
+    (_, plan), (_, new, _) = _run(planned_w4, tiny_net, tiny_batches, **config)
+    scale = new.layers["conv1"].weight.scale
+    assert not torch.equal(scale, plan.layers["conv1"].weight.scale)
+    mantissa, _ = torch.frexp(1 / scale.double())
+    assert torch.allclose(mantissa * 2**8, (mantissa * 2**8).round(), atol=1e-4)
 
 
 def test_more_sweeps_give_no_larger_loss(tiny_net, tiny_batches, planned_w4):

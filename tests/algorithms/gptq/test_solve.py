@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qtool.algorithms.gptq.solve import descend, feed_errors
+from qtool.algorithms.gptq.solve import Feedback, descend
 
 LOW, HIGH = (torch.full((1, 1, 1), v, dtype=torch.float64) for v in (-2.0, 1.0))
 
@@ -27,6 +27,12 @@ def _natural(hessian):
     return torch.arange(hessian.shape[-1]).expand(hessian.shape[0], -1)
 
 
+def _fed(u, hessian, order, block=128):
+    found, losses = Feedback(u @ hessian, hessian, order, block).integers(torch.ones_like(LOW), LOW, HIGH)
+    assert torch.allclose(losses, _loss(u, found.double(), hessian), rtol=1e-5)
+    return found
+
+
 def _nearest(u):
     return torch.round(u).clamp(LOW, HIGH)
 
@@ -45,7 +51,7 @@ def _published(u, hessian, low, high):
 @pytest.mark.parametrize("block", [2, 3, 128])
 def test_going_backward_gives_the_integers_of_the_published_algorithm(seed, block):
     u, hessian = _problem(seed, channels=2)
-    found = feed_errors(u @ hessian, hessian, LOW, HIGH, _natural(hessian), block)
+    found = _fed(u, hessian, _natural(hessian), block)
     expected = torch.stack([_published(row, hessian[0], -2, 1) for row in u[0]])
     assert torch.equal(found[0].double(), expected)
 
@@ -54,7 +60,7 @@ def test_a_diagonal_hessian_gives_the_nearest():
     u, _ = _problem(0, inputs=20, channels=4)
     hessian = torch.diag(torch.arange(1.0, 21, dtype=torch.float64)).unsqueeze(0)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).unsqueeze(0)
-    found = feed_errors(u @ hessian, hessian, LOW, HIGH, order, 4)
+    found = _fed(u, hessian, order, 4)
     assert torch.equal(found.double(), _nearest(u))
     assert torch.equal(descend(found, hessian, u @ hessian, LOW, HIGH, 3, 4), found)
 
@@ -65,7 +71,7 @@ def test_eight_weights_come_close_to_the_best_of_all_integers():
     for seed in range(12):
         u, hessian = _problem(seed)
         order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=1, descending=True)
-        fed = feed_errors(u @ hessian, hessian, LOW, HIGH, order)
+        fed = _fed(u, hessian, order)
         q = descend(fed, hessian, u @ hessian, LOW, HIGH, 20)
         best.append(float(_loss(u, every, hessian).min()))
         found.append(float(_loss(u, q.double(), hessian)))
@@ -100,8 +106,8 @@ def test_the_size_of_a_block_does_not_matter():
 def test_groups_are_solved_each_on_its_own():
     u, hessian = _problem(5, inputs=9, channels=2, groups=3)
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=1, descending=True)
-    together = feed_errors(u @ hessian, hessian, LOW, HIGH, order)
+    together = _fed(u, hessian, order)
     for g in range(3):
         one = slice(g, g + 1)
-        alone = feed_errors((u @ hessian)[one], hessian[one], LOW, HIGH, order[one])
+        alone = _fed(u[one], hessian[one], order[one])
         assert torch.equal(together[one], alone)

@@ -53,6 +53,16 @@ def test_behind_gptq_with_few_bits_of_activations_biases_change_only_if_that_ser
     assert any("unless" in line for line in found.words) is tried
 
 
+@pytest.mark.parametrize(
+    ("wts", "acts", "searched"), [(4, 8, True), (8, 8, False), (4, 4, False), (4, 0, True)]
+)
+def test_scales_are_searched_where_weights_have_fewer_bits_than_activations(traced, wts, acts, searched):
+    found = _decide(traced, "best", bits_weights=wts, bits_activations=acts)
+    (gptq,) = (c for c in found.methods if c.name == "gptq")
+    assert gptq.settings.search_scales is searched
+    assert any("with their scales" in line for line in found.words) is searched
+
+
 def test_weights_in_float_need_no_correction(traced):
     assert _decide(traced, "best", bits_weights=0).methods == ()
 
