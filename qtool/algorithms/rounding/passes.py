@@ -74,7 +74,7 @@ def round_layers(
     progress: ShowProgress | None = None,
     store: LayerStore | None = None,
 ) -> tuple[Folded, ModelPlan, CorrectionReport]:
-    """Other integers, and where the method asks for it other biases, for some layers.
+    """Other integers, and where the method asks for it other biases and scales, for some layers.
 
     Args:
         method: how they are chosen.
