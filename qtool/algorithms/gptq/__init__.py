@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qtool.algorithms.gptq.scales import FACTORS, refitted_steps, search_steps
+from qtool.algorithms.gptq.scales import FACTORS, search_steps
 from qtool.algorithms.gptq.solve import Feedback, descend
 from qtool.algorithms.progress import ShowProgress
 from qtool.algorithms.records import CorrectionReport
@@ -39,7 +39,8 @@ class GptqSettings:
             images less.
         act_order: whether inputs are rounded in the order of their power, the largest first.
         sweeps: at most so many passes of descent behind it, 0 for none.
-        search_scales: whether the scales of a weight with one for each output channel are chosen too.
+        search_scales: whether the scales of a weight with one for each output channel are chosen too, see
+            scales.py.
         rows: output positions of a layer that are looked at, in all images together.
         bias: whether the bias follows the weights.
         max_inputs: layers with more inputs per output are left alone; the Hessian has as many rows.
@@ -83,8 +84,8 @@ def gptq(
     """Choose the integers of layers one after another, each for the inputs that it then has.
 
     No output channel gets a larger loss on the rows than the integers that it has had. Costs about three
-    runs of both networks, and K^2 (K / 3 + C_out (2 + sweeps)) products for a layer with K inputs; with a
-    search of scales it rounds seven times and descends twice.
+    runs of both networks, and K^2 (K / 3 + C_out (2 + sweeps)) products for a layer with K inputs;
+    K^2 (2 K / 3 + 24 C_out) more where scales are searched.
 
     Args:
         reference: the float network, batch norms folded, whose outputs are wanted.
@@ -106,8 +107,9 @@ def gptq(
 
     def work(shape: torch.Size) -> float:
         groups, channels, inputs = shape
-        rounded = 1 + len(FACTORS) + 2 * settings.sweeps if settings.search_scales else 1 + settings.sweeps
-        return groups * inputs**2 * (settings.rows + inputs / 3 + channels * (1 + rounded))
+        chosen = inputs / 3 + channels * (2 + settings.sweeps)
+        searched = 2 * inputs / 3 + 4 * len(FACTORS) * channels if settings.search_scales else 0
+        return groups * inputs**2 * (settings.rows + chosen + searched)
 
     method = Method(NAME, choose, work, sampling, settings.max_inputs)
     return round_layers(method, Lockstep(reference, folded, plan, batches), layers, progress, store)
@@ -128,17 +130,12 @@ def choose_integers(problem: Problem, quadratic: Quadratic, settings: GptqSettin
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
     if not settings.act_order:
         order = torch.arange(diagonal.shape[1]).expand_as(order)
-    feedback = Feedback(linear, hessian, order)
-
-    def descended(found: Tensor, steps: Tensor) -> Tensor:
-        return descend(found, hessian, linear / steps, grid.low, grid.high, settings.sweeps)
-
-    searched = settings.search_scales and problem.per_channel
-    steps = search_steps(problem, feedback) if searched else torch.ones_like(grid.scale)
-    found = descended(feedback.integers(steps, grid.low, grid.high)[0], steps)
-    if searched:
-        steps = problem.steps(refitted_steps(linear, hessian, found, steps.squeeze(2)))
-        found = descended(found, steps)
+    steps = torch.ones_like(grid.scale)
+    if settings.search_scales and problem.per_channel and quadratic.halves:
+        steps = search_steps(problem, quadratic, settings.damping, order)
+    found = Feedback(linear, hessian, order).integers(steps, grid.low, grid.high)
+    if settings.sweeps:
+        found = descend(found, hessian, linear / steps, grid.low, grid.high, settings.sweeps)
     return better_rows(problem, quadratic, found.double(), steps)
 
 

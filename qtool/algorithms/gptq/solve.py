@@ -35,12 +35,11 @@ class Feedback:
     def __init__(self, linear: Tensor, hessian: Tensor, order: Tensor, block: int = BLOCK) -> None:
         self._backward, self._block = order.flip(1), block
         factor = torch.linalg.cholesky(_along(_along(hessian, self._backward, 1), self._backward, 2))
-        self._diagonal = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(1)  # (G, 1, K)
         # What an error of column i adds to what column j < i is rounded from.
-        self._feed = (factor / self._diagonal).float()
+        self._feed = (factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(1)).float()
         self._rows = torch.cholesky_solve(_along(linear, self._backward, 2).mT, factor).mT
 
-    def integers(self, steps: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def integers(self, steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The integers of all rows.
 
         Args:
@@ -48,7 +47,7 @@ class Feedback:
             low, high: (G, R, 1), limits of the integers.
 
         Returns:
-            (G, R, K), q, integers held in float32; and the loss (u - q s) H (u - q s), (G, R), float64.
+            (G, R, K), q, integers held in float32.
         """
         u, feed = (self._rows / steps).float(), self._feed
         low, high = low.float(), high.float()
@@ -61,8 +60,7 @@ class Feedback:
                 errors[..., column] = u[..., column] - q[..., column]
                 wanted[..., start:j] += errors[..., column] * feed[:, column, start:j]
             wanted[..., :start] += errors[..., start:stop] @ feed[:, start:stop, :start]
-        losses = ((wanted - q) * self._diagonal * steps).square().sum(dim=2)
-        return torch.empty_like(q).scatter_(2, self._backward.unsqueeze(1).expand_as(q), q), losses
+        return torch.empty_like(q).scatter_(2, self._backward.unsqueeze(1).expand_as(q), q)
 
 
 def descend(

@@ -24,17 +24,16 @@ from qtool.algorithms.rounding.quadratic import Quadratic
 DAMPING = 1.0
 
 
-def blended(whole: Quadratic, halves: Sequence[Quadratic], weight: Tensor) -> Quadratic:
+def blended(whole: Quadratic, weight: Tensor) -> Quadratic:
     """The form for what a layer is to give, between the outputs of whole and those of the float weight.
 
     Args:
-        whole: of all rows, for the float network's outputs.
-        halves: the same of two halves of the rows.
+        whole: of all rows, for the float network's outputs, and of its two halves.
         weight: (G, R, K), the float weight.
     """
     if not bool(whole.hessian.isfinite().all() & whole.linear.isfinite().all()):
         return whole
-    share = _share(halves, weight)
+    share = _share(whole.halves, weight)
     return whole.for_weight(weight + share * _change(whole, weight) if share else weight)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,7 @@ def quadratic_of(problem: Problem, pairs: Iterator[tuple[Tensor, Tensor]], targe
         halves[0].add(x[:, :middle], wanted[:, :middle])
         halves[1].add(x[:, middle:], wanted[:, middle:])
     whole = (halves[0] + halves[1]).quadratic(problem.follows)
-    if target != BLENDED or not all(half.count for half in halves):
+    if not all(half.count for half in halves):
         return whole
-    return blended(whole, [half.quadratic(problem.follows) for half in halves], problem.weight)
+    whole = replace(whole, halves=tuple(half.quadratic(problem.follows) for half in halves))
+    return blended(whole, problem.weight) if target == BLENDED else whole

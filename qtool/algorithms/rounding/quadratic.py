@@ -26,6 +26,8 @@ class Quadratic:
         count: of rows.
         centered: whether the first three are without means.
         wanted: (G, R, K), the weight whose outputs those that are wanted are; None for others.
+        halves: the forms of two halves of the rows, of different images, for the outputs that were wanted at
+            first; none where one of them would have no rows.
     """
 
     hessian: Tensor
@@ -36,6 +38,7 @@ class Quadratic:
     count: int
     centered: bool
     wanted: Tensor | None = None
+    halves: tuple[Quadratic, ...] = ()
 
     def losses(self, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """The mean squared error of each output channel.
@@ -61,6 +64,11 @@ class Quadratic:
         """The form for the outputs of another weight, (G, R, K), on the same rows; their means stay."""
         linear = values @ self.hessian
         return replace(self, linear=linear, power=torch.einsum("grk,grk->gr", linear, values), wanted=values)
+
+    def split(self) -> tuple[Quadratic, ...]:
+        """The forms of two halves of the rows for the same outputs as this one; none where it has none."""
+        wanted = self.wanted
+        return self.halves if wanted is None else tuple(half.for_weight(wanted) for half in self.halves)
 
     def damped(self, share: float, towards: Tensor) -> tuple[Tensor, Tensor]:
         """H + d I and B + d W, which pull weights towards W where the rows do not say what they should be.

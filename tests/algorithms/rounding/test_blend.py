@@ -1,5 +1,7 @@
 """Between the float network's outputs and those of the float weight: as much as holds on other rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,12 +25,13 @@ def _forms(x, y, centered=True):
     halves = [Sums(1, OUTPUTS, INPUTS) for _ in range(2)]
     for half, part in zip(halves, (slice(ROWS // 2), slice(ROWS // 2, ROWS)), strict=True):
         half.add(x[:, part], y[:, part])
-    return (halves[0] + halves[1]).quadratic(centered), [half.quadratic(centered) for half in halves]
+    whole = (halves[0] + halves[1]).quadratic(centered)
+    return replace(whole, halves=tuple(half.quadratic(centered) for half in halves))
 
 
 def test_the_sums_of_two_halves_are_those_of_all_rows():
     x, y, _, _ = _rows(0.1, 0.1)
-    whole, _ = _forms(x, y)
+    whole = _forms(x, y)
     sums = Sums(1, OUTPUTS, INPUTS)
     sums.add(x, y)
     for name, value in vars(sums.quadratic(True)).items():
@@ -38,8 +41,8 @@ def test_the_sums_of_two_halves_are_those_of_all_rows():
 
 def test_errors_that_follow_from_the_inputs_are_made_up_for():
     x, y, weight, best = _rows(noise=0.0, systematic=0.3)
-    whole, halves = _forms(x, y)
-    found = blended(whole, halves, weight)
+    whole = _forms(x, y)
+    found = blended(whole, weight)
     # Damping bends the change a little.
     assert float((found.wanted - best).norm() / (best - weight).norm()) < 0.3
 
@@ -47,9 +50,9 @@ def test_errors_that_follow_from_the_inputs_are_made_up_for():
 def test_noise_is_not_fitted():
     """The rows ask for a change that is noise; what is taken of it costs less on rows that were not seen."""
     x, y, weight, _ = _rows(noise=0.2, systematic=0.0)
-    whole, halves = _forms(x, y)
+    whole = _forms(x, y)
     fitted = torch.linalg.solve(whole.hessian, whole.linear.mT).mT
-    found = blended(whole, halves, weight)
+    found = blended(whole, weight)
     unseen = _unseen(weight, 0.2)
     assert whole.losses(fitted).sum() < whole.losses(weight).sum()
     assert unseen.losses(found.wanted).sum() <= 1.01 * min(
@@ -68,8 +71,8 @@ def _unseen(weight, noise):
 
 def test_the_form_is_that_of_the_outputs_of_the_weight_that_is_wanted():
     x, y, weight, _ = _rows(0.3, 0.3)
-    whole, halves = _forms(x, y)
-    found = blended(whole, halves, weight)
+    whole = _forms(x, y)
+    found = blended(whole, weight)
     torch.testing.assert_close(
         found.losses(found.wanted), torch.zeros(1, OUTPUTS).double(), atol=1e-6, rtol=0
     )
@@ -84,11 +87,22 @@ def test_the_form_is_that_of_the_outputs_of_the_weight_that_is_wanted():
 def test_rows_without_numbers_are_left_to_the_caller(value):
     x, y, weight, _ = _rows(0.1, 0.1)
     x[0, 3, 2] = value
-    whole, halves = _forms(x, y)
-    assert blended(whole, halves, weight) is whole
+    whole = _forms(x, y)
+    assert blended(whole, weight) is whole
+
+
+def test_halves_are_for_the_outputs_that_are_wanted():
+    x, y, weight, _ = _rows(0.3, 0.3)
+    whole = _forms(x, y)
+    assert whole.split() is whole.halves
+    found = blended(whole, weight)
+    values = weight + 0.1
+    parts = [half.losses(values) for half in found.split()]
+    torch.testing.assert_close(sum(parts) / 2, found.losses(values), rtol=0.1, atol=0)
+    assert all(bool((half.losses(found.wanted) < 1e-6).all()) for half in found.split())
 
 
 def test_inputs_that_are_always_zero_leave_the_weight():
     x, y, weight, _ = _rows(0.0, 0.0)
-    whole, halves = _forms(torch.zeros_like(x), torch.zeros_like(y))
-    assert torch.equal(blended(whole, halves, weight).wanted, weight)
+    whole = _forms(torch.zeros_like(x), torch.zeros_like(y))
+    assert torch.equal(blended(whole, weight).wanted, weight)
