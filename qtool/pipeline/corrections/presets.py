@@ -115,20 +115,22 @@ def choose(preset: str, quantizers: QuantizeConfig, traits: Traits) -> Choice:
         words.append("weights stay in float, and with them their biases")
     else:
         for name in OF_PRESET[preset]:
-            settings, more = _settings(preset, name, traits.weight_bits, traits.activation_bits or 32)
+            settings, more = _settings(preset, name, traits.weight_bits, traits)
             methods.append(_method(name, **settings))
             words.append(WORDS[name] + more)
     return Choice(quantizers, tuple(methods), tuple(words))
 
 
-def _settings(preset: str, name: str, weight_bits: int, activation_bits: int) -> tuple[dict[str, Any], str]:
+def _settings(preset: str, name: str, weight_bits: int, traits: Traits) -> tuple[dict[str, Any], str]:
     """The settings of a method, and what is to be said of them."""
+    activation_bits = traits.activation_bits or 32
     if preset == BEST and name == "bias_correction" and activation_bits <= FEW_BITS:
         return {"only_if_better": True}, ", unless the network's outputs lose by it"
     if name == "gptq":
         # With as many bits for activations their errors are the larger ones, and other steps give no more.
         searched = weight_bits < activation_bits
-        return {"search_scales": searched}, ", with their scales" if searched else ""
+        where = " where each channel has one" if traits.per_tensor else ""
+        return {"search_scales": searched}, ", with their scales" + where if searched else ""
     return SETTINGS.get(name, {}), ""
 
 

@@ -63,6 +63,15 @@ def test_scales_are_searched_where_weights_have_fewer_bits_than_activations(trac
     assert any("with their scales" in line for line in found.words) is searched
 
 
+@pytest.mark.parametrize(
+    ("per_channel", "words"), [(True, "scales"), (False, "scales where each channel has one")]
+)
+def test_scales_of_weights_with_one_grid_are_not_promised(traced, per_channel, words):
+    found = _decide(traced, "best", bits_weights=4, per_channel_weights=per_channel)
+    (line,) = (line for line in found.words if line.startswith("GPTQ"))
+    assert line.endswith(words)
+
+
 def test_weights_in_float_need_no_correction(traced):
     assert _decide(traced, "best", bits_weights=0).methods == ()
 
